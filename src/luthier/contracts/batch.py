@@ -1,0 +1,120 @@
+"""The forest batch: packed tokens, their segments, and the list of scored positions. Never padded.
+
+A segment attends causally to itself and fully to its ancestors; its positions continue its parent's.
+All objectives read the same thing back: log-probabilities of the N scored tokens. Immutable: activation
+recompute and pipeline schedules read it long after it was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from luthier.contracts.record import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """The segment table: packed rows start[s]:end[s]; parent[s] is the index of an EARLIER segment or -1.
+
+    Segments tile the pack: start[0] == 0 and start[s+1] == end[s].
+    """
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    parent: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (len(self.start) == len(self.end) == len(self.parent)) or not self.start:
+            raise ValueError("forest: start, end and parent must have one equal, positive length")
+        row = 0
+        for index, (start, end, parent) in enumerate(zip(self.start, self.end, self.parent, strict=True)):
+            if start != row or end <= start:
+                raise ValueError(f"forest: segment {index} is {start}:{end}, expected to start at {row}")
+            if not -1 <= parent < index:
+                raise ValueError(f"forest: segment {index} has parent {parent}; parents come first")
+            row = end
+
+    @property
+    def tokens(self) -> int:
+        """T, the packed tokens."""
+        return self.end[-1]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def chain(self, segment: int) -> tuple[int, ...]:
+        """Ancestors of a segment root first, then the segment."""
+        found = []
+        while segment >= 0:
+            found.append(segment)
+            segment = self.parent[segment]
+        return tuple(reversed(found))
+
+    @cached_property
+    def first_position(self) -> tuple[int, ...]:
+        """Position of each segment's first token: 0 for roots, else right after its parent's last."""
+        first: list[int] = []
+        for parent in self.parent:
+            first.append(0 if parent < 0 else first[parent] + self.end[parent] - self.start[parent])
+        return tuple(first)
+
+    @cached_property
+    def roots_only(self) -> bool:
+        return all(parent < 0 for parent in self.parent)
+
+    def positions_T(self) -> Tensor:
+        """int64 (T,)."""
+        return torch.cat(
+            [
+                torch.arange(first, first + end - start)
+                for first, start, end in zip(self.first_position, self.start, self.end, strict=True)
+            ]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One microbatch.
+
+    tokens_T, positions_T  int64 (T,)
+    scored_N   int64 (N,) index into T of the position that predicts; sorted by (segment, target)
+    targets_N  int64 (N,) the token predicted there
+    weights_N  float32 (N,) its loss weight, > 0
+    sequence_N int64 (N,) which of the Q sequences the scored token belongs to
+    group_Q    int64 (Q,) which sample of this batch the sequence belongs to (a pair, a group)
+    samples    id of each sample in this batch, index = group; sources beside them
+    segment_sample  for each segment, the index into `samples`
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    forest: Forest
+    scored_N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    sequence_N: Tensor
+    group_Q: Tensor
+    samples: tuple[int, ...]
+    sources: tuple[Source, ...]
+    segment_sample: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_T.numel()
+
+    @property
+    def scored(self) -> int:
+        return self.scored_N.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+            if name in self.__dataclass_fields__
+        }
+        return Batch(**moved)

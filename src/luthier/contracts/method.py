@@ -1,0 +1,93 @@
+"""The contract of a tuning method: a frozen dataclass that IS the recipe's section and does the work.
+
+Only `attach` is required; every other hook has a quiet default. State that a method gathers lives in named
+parameters and buffers of its sites (models/sites.py), so that checkpoints carry it and the dataclass stays
+frozen. Inverses live side by side: attach/merge, tensors/load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from luthier.contracts.errors import NotMergeable
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What the planner adds up, in numbers of elements."""
+
+    trainable: int
+    frozen: int
+    optimizer_states: int
+
+
+class Method:
+    """Base of every tuning method. Fields carry the field-standard names (`r`, `lora_alpha`, ...)."""
+
+    paper: ClassVar[str] = ""
+    mergeable: ClassVar[bool] = False
+    peft_type: ClassVar[str | None] = None  # the `peft_type` of its files, None = own layout or a whole model
+    trains_base: ClassVar[bool] = False  # base weights change: the result is a model, `off` needs a frozen copy
+    default_learning_rate: ClassVar[float] = 2e-4
+    virtual_tokens: int = 0  # prompt methods: tokens that the packer reserves per root
+
+    def attach(self, model: nn.Module) -> None:
+        """Add sites and set `requires_grad`: exactly what trains, nothing else. Raises RecipeError."""
+        raise NotImplementedError
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay"}.
+
+        Default: one group of all trainable parameters; tensors of one dimension get no weight decay.
+        """
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        decayed = [(name, p) for name, p in named if p.ndim > 1]
+        plain = [(name, p) for name, p in named if p.ndim <= 1]
+        made = [{"params": [p for _, p in decayed], "names": [name for name, _ in decayed]}]
+        made.append({"params": [p for _, p in plain], "names": [n for n, _ in plain], "weight_decay": 0.0})
+        return [group for group in made if group["params"]]
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """A term added once per optimizer step (orthogonality, EWC, L2-SP); not divided by any weight."""
+        return 0.0
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """After the optimizer's step, gradients still there."""
+
+    @contextmanager
+    def off(self, model: nn.Module) -> Iterator[None]:
+        """Within it the model is exactly the base again (or NotImplementedError where `trains_base`)."""
+        raise NotImplementedError
+        yield
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold into the base and remove the sites, or refuse with the reason."""
+        raise NotMergeable(f"{type(self).__name__} cannot be folded into the base weights")
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The method's tensors under the names of its file (PEFT's names where PEFT has the type)."""
+        raise NotImplementedError
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors` on a model this method is attached to. All names must match, or ModelError."""
+        raise NotImplementedError
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        """The method's part of `adapter_config.json`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Method:
+        """Inverse of `config`: from an allow-list of keys; unknown keys are reported, never executed."""
+        raise NotImplementedError
+
+    def footprint(self, model: nn.Module) -> Footprint:
+        """Elements that train, that stay frozen, and that the optimizer keeps (two per trained element)."""
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        return Footprint(trainable, total - trainable, 2 * trainable)

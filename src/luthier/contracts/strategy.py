@@ -1,0 +1,41 @@
+"""The contract of a parallel strategy. The engine's loop is written once against it; `single` is one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.objective import Loss
+
+LossOf = Callable[[Batch], Loss]
+
+
+class Strategy(Protocol):
+    """Places the model, runs microbatches forward and backward, clips and steps; sums over its ranks."""
+
+    def place(self, model: nn.Module) -> nn.Module: ...
+
+    def all_reduce(self, value: float) -> float:
+        """Sum over ranks, float64."""
+        ...
+
+    def forward_backward(
+        self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
+    ) -> tuple[float, dict[str, tuple[float, float]]]:
+        """Backward of total/divisor for each microbatch; returns (summed total / divisor, summed metrics)."""
+        ...
+
+    def backward(self, penalty: Tensor | float) -> float: ...
+
+    def clip(self, max_norm: float) -> float:
+        """Global L2 norm of the gradients before clipping."""
+        ...
+
+    def step(self) -> None: ...
+
+    def zero(self) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...

@@ -1,0 +1,35 @@
+"""Shared ground of the suite: where real inputs lie, and small models and tokenizers made on the spot.
+
+Real inputs lie beside the checkout (`LUTHIER_TEST_DATA`, default `../shared/data`); a test that needs them
+takes `shared_data` and is skipped with the missing path named where they are absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data_root() -> Path:
+    return Path(os.environ.get("LUTHIER_TEST_DATA") or ROOT.parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("models/stories260K-chatml")`, or skip naming what is missing."""
+
+    def find(name: str) -> Path:
+        path = data_root() / name
+        if not path.exists():
+            pytest.skip(f"real test input absent: {name} (set LUTHIER_TEST_DATA)")
+        return path
+
+    return find
