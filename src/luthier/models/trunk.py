@@ -1,0 +1,138 @@
+"""The trunk: one packed batch in, log-probabilities of its scored tokens out, whatever sits in the model.
+
+The base decoder runs once over the packed row under forest attention; the hidden rows at the scored positions
+are picked; the head turns them into log-probabilities. The head is looked at on every call, because methods swap
+modules after the trunk was opened:
+
+    fused    a plain `nn.Linear` head: models/logprobs.py, no N x V logits
+    chunked  any other module there (adapted, quantised, hooked): called per chunk of rows under checkpoint
+    model    head and decoder could not be shown to be `head(decoder(x))`: the whole model, logits of scored rows
+
+Families that do not pass the probe take the unpacked path (models/unpacked.py) behind the same call. What is
+scored and how the results are weighted is not decided here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.contracts.batch import Batch
+from luthier.models.attention import forest_context, native_attention, switch_in, switch_out
+from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
+from luthier.models.unpacked import Path, paths_of
+
+_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkFacts:
+    """What opening found out. `head_map` None: the head cannot be told apart from the decoder."""
+
+    path: str = "forest"  # or "unpacked"
+    reason: str = ""  # why not forest, empty where it is
+    kernel: str = "sdpa"
+    head_map: HeadMap | None = HeadMap()
+    evidence: dict[str, float] | None = None  # the probe's largest differences
+
+
+class Trunk:
+    """`open_trunk(model)` makes one; `logprobs(batch)` is all the engine calls."""
+
+    def __init__(self, model: nn.Module, facts: TrunkFacts = TrunkFacts()) -> None:  # noqa: B008 (frozen)
+        self.model, self.facts = model, facts
+        self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if facts.path == "forest":
+            switch_in(model)
+
+    @property
+    def path(self) -> str:
+        return self.facts.path
+
+    @property
+    def reason(self) -> str:
+        return self.facts.reason
+
+    @property
+    def head(self) -> str:
+        """fused, chunked or model, as the modules stand now."""
+        if self.facts.head_map is None:
+            return "model"
+        return "fused" if _plain_linear(self.model.get_output_embeddings()) else "chunked"
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        switch_out(self.model)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """logprobs_N float32 of the batch's scored tokens, differentiable."""
+        if self.path == "forest":
+            with forest_context(batch.forest, self.facts.kernel):
+                return self._run(batch.tokens_T[None], batch.positions_T[None], batch.scored_N, batch.targets_N)
+        with native_attention(self.model):
+            return self._unpacked(batch)
+
+    def _unpacked(self, batch: Batch) -> Tensor:
+        """Root-to-leaf rows of equal length run together; every scored token is read from one of them."""
+        found, order = [], []
+        for paths in paths_of(batch):
+            found.append(self._run_rows(batch, paths))
+            order += [index for path in paths for index in path.scored]
+        logprobs = torch.cat(found)
+        back = torch.empty(len(order), dtype=torch.int64)
+        back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+        return logprobs.index_select(0, back.to(logprobs.device))
+
+    def _run_rows(self, batch: Batch, paths: list[Path]) -> Tensor:
+        device = batch.tokens_T.device
+        rows_BT = torch.tensor([path.rows for path in paths], device=device)
+        length = rows_BT.shape[1]
+        flat = [b * length + offset for b, path in enumerate(paths) for offset in path.offsets]
+        scored = torch.tensor(flat, dtype=torch.int64, device=device)
+        wanted = torch.tensor([i for path in paths for i in path.scored], dtype=torch.int64, device=device)
+        return self._run(batch.tokens_T[rows_BT], None, scored, batch.targets_N[wanted])
+
+    def _run(self, tokens: Tensor, positions: Tensor | None, scored_N: Tensor, targets_N: Tensor) -> Tensor:
+        inputs = {"input_ids": tokens, "use_cache": False}
+        if positions is not None:
+            inputs["position_ids"] = positions
+        head_map = self.facts.head_map
+        if head_map is None:
+            return self._whole(inputs, scored_N, targets_N)
+        hidden = self.model.base_model(**inputs)[0].flatten(0, 1).index_select(0, scored_N)
+        head = self.model.get_output_embeddings()
+        if _plain_linear(head):
+            bias = getattr(head, "bias", None)
+            return token_logprobs(hidden, head.weight, targets_N, bias_V=bias, head_map=head_map)
+        return _chunked(head, hidden, targets_N, head_map)
+
+    def _whole(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
+        one_row = inputs["input_ids"].shape[0] == 1
+        if self._picks_rows and one_row:
+            logits = self.model(**inputs, logits_to_keep=scored_N).logits.flatten(0, 1)
+        else:
+            logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, scored_N)
+        return gather_logprobs(logits, targets_N)
+
+
+def _plain_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
+def _chunked(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, head_map: HeadMap) -> Tensor:
+    def rows(hidden: Tensor, targets: Tensor) -> Tensor:
+        return gather_logprobs(head_map.apply(head(hidden)), targets)
+
+    if not torch.is_grad_enabled() or len(hidden_ND) <= _CHUNK_ROWS:
+        parts = [rows(h, t) for h, t in _chunks(hidden_ND, targets_N)]
+    else:
+        parts = [checkpoint(rows, h, t, use_reentrant=False) for h, t in _chunks(hidden_ND, targets_N)]
+    return torch.cat(parts)
+
+
+def _chunks(hidden_ND: Tensor, targets_N: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(hidden_ND.split(_CHUNK_ROWS), targets_N.split(_CHUNK_ROWS), strict=True))
