@@ -1,0 +1,135 @@
+"""What became of every row: read = kept + each reason, asserted. Nothing leaves without a reason and an example.
+
+A reason is a short phrase of ours, never content of the row. The training split counts as kept; rows that went to
+the evaluation split are counted beside it (`evaluation`), rejects are the rows that were wrong (bad_rows: quarantine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.contracts.record import Source
+
+_EXAMPLES = 5
+
+
+class Dropped(Exception):
+    """A policy of the recipe drops this row; `reason` is what the ledger counts, without any content of the row."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass
+class Reason:
+    """How many rows left for one reason, and the first few of them."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, source: Source) -> None:
+        self.count += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(str(source))
+
+
+@dataclass
+class Account:
+    """One file (with its use): rows read, kept, dropped by policy and rejected as wrong."""
+
+    file: str
+    use: str  # train | eval
+    read: int = 0
+    kept: int = 0
+    evaluation: int = 0  # of the kept rows, those that the share of `data.eval` took out of training
+    samples: int = 0
+    tokens: int = 0
+    scored_tokens: int = 0
+    dropped: dict[str, Reason] = field(default_factory=dict)
+    rejected: dict[str, Reason] = field(default_factory=dict)
+
+    def drop(self, reason: str, source: Source) -> None:
+        self.dropped.setdefault(reason, Reason()).add(source)
+
+    def reject(self, reason: str, source: Source) -> None:
+        self.rejected.setdefault(reason, Reason()).add(source)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        both: dict[str, int] = {}
+        for part in (self.dropped, self.rejected):
+            for name, reason in part.items():
+                both[name] = both.get(name, 0) + reason.count
+        return both
+
+
+@dataclass
+class Ledger:
+    """The accounts of all files, and the rejected rows themselves for `rejects.jsonl`."""
+
+    accounts: list[Account] = field(default_factory=list)
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+    def account(self, file: str, use: str) -> Account:
+        """The account of a file under a use; made on first call."""
+        for account in self.accounts:
+            if (account.file, account.use) == (file, use):
+                return account
+        self.accounts.append(Account(file, use))
+        return self.accounts[-1]
+
+    def total(self, name: str) -> int:
+        """Sum of a number over the accounts: read, kept, evaluation, samples, tokens, scored_tokens."""
+        return sum(getattr(account, name) for account in self.accounts)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        both: dict[str, int] = {}
+        for account in self.accounts:
+            for name, count in account.reasons.items():
+                both[name] = both.get(name, 0) + count
+        return dict(sorted(both.items(), key=lambda item: (-item[1], item[0])))
+
+    def assert_balanced(self) -> None:
+        """read = kept + each reason, in every account."""
+        for account in self.accounts:
+            left = sum(account.reasons.values())
+            if account.read != account.kept + left or account.evaluation > account.kept:
+                raise AssertionError(
+                    f"ledger of {account.file}: read {account.read}, kept {account.kept}, left with a reason {left}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `data/ledger.json`."""
+        self.assert_balanced()
+        names = ("read", "kept", "evaluation", "samples", "tokens", "scored_tokens")
+        return {
+            **{name: self.total(name) for name in names},
+            "reasons": self.reasons,
+            "files": [
+                {
+                    "file": account.file,
+                    "use": account.use,
+                    **{name: getattr(account, name) for name in names},
+                    "dropped": {name: vars(reason) for name, reason in account.dropped.items()},
+                    "rejected": {name: vars(reason) for name, reason in account.rejected.items()},
+                }
+                for account in self.accounts
+            ],
+        }
+
+    def summary(self) -> str:
+        """For people: one line in all, one for each reason with the first places."""
+        lines = [
+            f"{self.total('read')} rows read = {self.total('kept')} kept"
+            + "".join(f" + {count} {name}" for name, count in self.reasons.items())
+        ]
+        if self.total("evaluation"):
+            lines.append(f"{self.total('evaluation')} of the kept rows are held out for evaluation")
+        for account in self.accounts:
+            for name, reason in (*account.dropped.items(), *account.rejected.items()):
+                more = ", …" if reason.count > len(reason.examples) else ""
+                lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
+        return "\n".join(lines)

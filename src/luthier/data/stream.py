@@ -1,0 +1,138 @@
+"""The stream of optimizer steps: step number in, microbatches out. The step number is its only state.
+
+`step(n)` is pure: a resumed run asks for step n and gets the very batches that the unbroken run saw. Epochs follow
+one another; each has its own shuffle and so, when steps are cut by tokens, perhaps one step more or less than the
+first. `total_steps(epochs)` therefore counts real steps; `steps_per_epoch` is that of the first epoch.
+The microbatches of a step are its rows packed best-fit decreasing into `microbatch_tokens`, longest first, so that a
+machine that is too small says so at the first microbatch; a single longer row makes a larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.record import Sample
+from luthier.data.order import PlanSpec, plan_epoch
+from luthier.data.pack import collate, pack
+
+_PLANS_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSpec:
+    """How samples become steps. All but `microbatch_tokens` and `packing` decide which rows a step holds."""
+
+    seed: int = 42
+    tokens_per_step: int = 16384
+    rows_per_step: int | None = None
+    window: int = 1024
+    microbatch_tokens: int | None = None  # None = a whole step at once
+    packing: str = "forest"  # forest | none (one sample per microbatch)
+
+
+class Stream:
+    """Optimizer steps over prepared samples; pure functions of the step number."""
+
+    def __init__(self, samples: Sequence[Sample], spec: StreamSpec) -> None:
+        if not samples:
+            raise ValueError("a stream needs at least one sample")
+        if spec.packing not in ("forest", "none"):
+            raise ValueError(f"packing is forest or none, not {spec.packing!r}")
+        self.samples, self.spec = samples, spec
+        self.lengths = [sample.length for sample in samples]
+        self._plans: OrderedDict[int, list[list[int]]] = OrderedDict()
+        self._starts = [0]  # first global step of each epoch planned so far, and of the next
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch."""
+        return len(self.plan(0))
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Room of one microbatch: as given, else that of a step, and never less than the longest row."""
+        return self.spec.microbatch_tokens or max(self.spec.tokens_per_step, max(self.lengths))
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps of `epochs` epochs, the last one perhaps in part; at least one."""
+        whole = int(epochs)
+        self._reach_epoch(whole)
+        part = epochs - whole
+        extra = math.ceil(part * len(self.plan(whole)) - 1e-9) if part > 0 else 0
+        return max(1, self._starts[whole] + extra)
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The rows of each step of an epoch."""
+        if epoch not in self._plans:
+            spec = self.spec
+            plan = PlanSpec(
+                seed=spec.seed, epoch=epoch, tokens_per_step=spec.tokens_per_step,
+                rows_per_step=spec.rows_per_step, window=spec.window,
+            )  # fmt: skip
+            self._plans[epoch] = plan_epoch(self.lengths, plan)
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(epoch)
+        return self._plans[epoch]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a global step, counted from 0."""
+        if step < 0:
+            raise IndexError(f"steps count from 0, not {step}")
+        while self._starts[-1] <= step:
+            self._reach_epoch(len(self._starts))
+        epoch = bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs passed when `step` steps (counted from the start) are done."""
+        if step == 0:
+            return 0.0
+        epoch, inside = self.place(step - 1)
+        return epoch + (inside + 1) / (self._starts[epoch + 1] - self._starts[epoch])
+
+    def rows(self, step: int) -> list[int]:
+        """Indices into `samples` of a global step."""
+        epoch, inside = self.place(step)
+        return list(self.plan(epoch)[inside])
+
+    def step(self, step: int) -> list[Batch]:
+        """The microbatches of a global step."""
+        return self._batches(self.rows(step))
+
+    def batches(self) -> Iterator[Batch]:
+        """All samples once, window by window in their own order: for evaluation."""
+        for first in range(0, len(self.samples), self.spec.window):
+            yield from self._batches(range(first, min(first + self.spec.window, len(self.samples))))
+
+    def fill(self, steps: int | None = None) -> float:
+        """Mean fill of the microbatches of the first `steps` steps (default: the first epoch), at most 1 each."""
+        used = room = 0
+        for rows in self.plan(0)[:steps]:
+            for members in self._members(rows):
+                tokens = sum(self.lengths[row] for row in members)
+                used, room = used + tokens, room + max(tokens, self.microbatch_tokens)
+        return used / room
+
+    def _members(self, rows: Sequence[int]) -> list[list[int]]:
+        if self.spec.packing == "none":
+            return [[row] for row in rows]
+        bins = pack([self.lengths[row] for row in rows], self.microbatch_tokens)
+        return [[rows[i] for i in members] for members in bins]
+
+    def _batches(self, rows: Sequence[int]) -> list[Batch]:
+        return [collate([self.samples[row] for row in members]) for members in self._members(rows)]
+
+    def _reach_epoch(self, epoch: int) -> None:
+        """Know the first step of `epoch`."""
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
