@@ -115,7 +115,9 @@ def test_arrays_and_lists_are_the_same_batch() -> None:
         ((Piece([1, 2], [0.0, 1.0], 0),), (0,), "has parent 0"),
     ],
 )
-def test_a_wrong_sample_is_refused_by_its_source(pieces: tuple[Piece, ...], sequences: tuple[int, ...], says: str) -> None:
+def test_a_wrong_sample_is_refused_by_its_source(
+    pieces: tuple[Piece, ...], sequences: tuple[int, ...], says: str
+) -> None:
     good = Sample((Piece([1, 2], [0.0, 1.0]),), Source("good", 1))
     with pytest.raises(ValueError, match=f"bad:7: .*{says}"):
         collate([good, Sample(pieces, Source("bad", 7), 0, sequences)])

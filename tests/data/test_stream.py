@@ -27,7 +27,9 @@ LENGTHS = [3 + (7 * i) % 40 for i in range(90)]
 def test_a_step_does_not_depend_on_its_split(microbatch: int, window: int, packing: str) -> None:
     samples = rows(LENGTHS)
     whole = Stream(samples, StreamSpec(tokens_per_step=200, window=window))
-    split = Stream(samples, StreamSpec(tokens_per_step=200, window=window, microbatch_tokens=microbatch, packing=packing))
+    split = Stream(
+        samples, StreamSpec(tokens_per_step=200, window=window, microbatch_tokens=microbatch, packing=packing)
+    )
     for step in range(whole.steps_per_epoch + 2):
         batches = split.step(step)
         assert sorted(i for batch in batches for i in batch.samples) == sorted(whole.rows(step))
@@ -61,4 +63,4 @@ def test_rows_per_step_and_evaluation_order() -> None:
     assert stream.steps_per_epoch == 12 and len(stream.rows(11)) == 2
     once = [i for batch in stream.batches() for i in batch.samples]
     assert sorted(once) == list(range(90)) and max(once[:10]) < 10
-    assert 0.8 < stream.fill() <= 1.0
+    assert 0.75 < stream.fill() <= 1.0

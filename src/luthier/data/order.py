@@ -5,7 +5,7 @@ every library, and no generator state to save. `plan_epoch` cuts the shuffled ro
 
 - `rows_per_step`: consecutive groups of the order, the last one may be short;
 - `tokens_per_step`: windows of `window` rows. A window (with what the one before left over) opens as many steps as
-  its tokens fill and puts rows, longest first, into the emptiest step that holds them; what fits nowhere is carried
+  its tokens fill and puts rows, longest first, into the emptiest step that holds them; what is left over is carried
   into the next window. The remainder of the epoch is packed best-fit. All steps are then shuffled. Longest first into
   the *emptiest* gives every step the same mixture of lengths; into the *fullest* (best fit, which packs the
   microbatches) it would sort the steps of a window by length, because rows are short against a step.
@@ -78,20 +78,25 @@ def plan_epoch(lengths: Sequence[int] | NDArray[Any], spec: PlanSpec) -> list[li
 
 
 def _spread(pool: list[int], sizes: Sequence[int], capacity: int) -> tuple[list[list[int]], list[int]]:
-    """Longest first into the emptiest of as many steps as the tokens fill; and the rows that fitted nowhere."""
-    count = sum(sizes[row] for row in pool) // capacity
+    """Longest first into the emptiest of as many steps as the tokens fill; and the rows left over.
+
+    Left over are the last rows of the pool (not the shortest), and those that fitted nowhere.
+    """
+    total = np.cumsum([sizes[row] for row in pool])
+    count = int(total[-1]) // capacity
+    taken = int(np.searchsorted(total, count * capacity, side="right"))
     steps: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, index) for index in range(count)]
     heapify(loads)
-    carried = []
-    for row in sorted(pool, key=lambda row: -sizes[row]):  # stable: ties keep the shuffled order
+    misfits = []
+    for row in sorted(pool[:taken], key=lambda row: -sizes[row]):  # stable: ties keep the shuffled order
         load, index = loads[0]
         if load + sizes[row] > capacity:
-            carried.append(row)
+            misfits.append(row)
             continue
         steps[index].append(row)
         heapreplace(loads, (load + sizes[row], index))
-    return [step for step in steps if step], carried
+    return [step for step in steps if step], misfits + pool[taken:]
 
 
 def _mix(value: int) -> int:
