@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "evaluate", "load", "merge", "train", "__version__"]
+__all__ = ["Recipe", "__version__", "evaluate", "load", "merge", "train"]
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe

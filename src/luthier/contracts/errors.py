@@ -21,9 +21,7 @@ class LuthierError(Exception):
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
-    def __init__(
-        self, what: str, *, where: str | None = None, value: Any = None, remedy: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, value: Any = None, remedy: str | None = None) -> None:
         self.what, self.where, self.value, self.remedy = what, where, value, remedy
         super().__init__(what)
 
