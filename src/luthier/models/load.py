@@ -1,0 +1,214 @@
+"""A model and its tokenizer from a local directory, and back into one.
+
+The directory is scanned first (models/directory.py): nothing in it can run code and nothing is fetched. Weights
+that are missing or do not fit are refused with their count; weights the model has no place for are listed.
+New tokens (`model.add_tokens`) become special, atomic tokens; their rows in the embedding (and in an untied
+head) start as the mean of the rows in use before, so they are ordinary points of the space and need no seed.
+What trains, and in which precision it computes, is decided elsewhere; `dtype` is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from luthier.contracts.errors import ModelError
+from luthier.models.attention import native_attention
+from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
+
+if TYPE_CHECKING:
+    from luthier.recipe.recipe import ModelSection
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a directory gave."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    chat_template: str | None
+    generation_stop_ids: tuple[int, ...]
+    path: Path
+    fingerprint: str
+    added: dict[str, int]  # the tokens of `model.add_tokens` and their ids
+    unexpected: tuple[str, ...] = ()  # weights in the files that the model has no place for
+
+
+def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
+    """Model in eval mode, tokenizer, template and stop ids as `section` asks. ModelError otherwise."""
+    if section.quantization != "none":
+        raise ModelError(
+            "quantised base weights are not there yet",
+            where="model.quantization",
+            value=section.quantization,
+            remedy="use none; nf4, int8 and fp8 arrive with the quantised weight formats",
+        )
+    directory = find_directory(section.path, section.revision)
+    scan(directory)
+    weight_files(directory)
+    with _quiet():
+        model, unexpected = _model(directory, dtype)
+        tokenizer = load_tokenizer(directory)
+    added = add_tokens(model, tokenizer, section.add_tokens)
+    model.to(device).eval()  # type: ignore[arg-type]
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        chat_template=chat_template(tokenizer, section.chat_template),
+        generation_stop_ids=stop_ids(model, tokenizer),
+        path=directory,
+        fingerprint=fingerprint(directory),
+        added=added,
+        unexpected=unexpected,
+    )
+
+
+def checkpoint_dtype(path: str, revision: str | None = None) -> torch.dtype:
+    """The dtype that the configuration says its weights are stored in; float32 where it says nothing."""
+    config = read_json(find_directory(path, revision) / "config.json")
+    named = [part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
+    return next((_DTYPES[name] for name in named if name in _DTYPES), torch.float32)
+
+
+def _model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    model_type = read_json(directory / "config.json")["model_type"]
+    where = str(directory / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(directory, **_LOCAL)
+    except Exception as error:  # the loader raises whatever it likes; the person needs one line
+        raise ModelError(f"transformers cannot read it: {_first(error)}", where=where, value=model_type) from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError("not a causal language model that transformers knows", where=where, value=model_type)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+        )
+    except Exception as error:
+        raise ModelError(f"the weights do not load: {_first(error)}", where=str(directory)) from error
+    for what in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(what, ()))
+        if names:
+            kind = what.removesuffix("_keys")
+            raise ModelError(
+                f"{len(names)} of the model's weights are {kind} in the files",
+                where=str(directory),
+                value=names[0],
+                remedy="fetch the model again, or pass the directory its config.json belongs to",
+            )
+    return model, tuple(sorted(report.get("unexpected_keys", ())))
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The directory's fast tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, **_LOCAL)
+    except Exception as error:
+        raise ModelError(f"the tokenizer does not load: {_first(error)}", where=str(directory)) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "only fast tokenizers are supported: exact token masks need their offsets",
+            where=str(directory),
+            value=type(tokenizer).__name__,
+            remedy="add its tokenizer.json",
+        )
+    return tokenizer
+
+
+def chat_template(tokenizer: PreTrainedTokenizerFast, override: str | None = None) -> str | None:
+    """The template in force: the override (a file, or the template itself), else the tokenizer's own."""
+    if override is not None:
+        if "{%" in override or "{{" in override:
+            return override
+        file = Path(override).expanduser()
+        if not file.is_file():
+            raise ModelError("no such template file", where="model.chat_template", value=override)
+        return file.read_text(encoding="utf-8")
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        return own.get("default")
+    return own
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Where generation ends: generation_config's and the tokenizer's end tokens."""
+    generation = getattr(model, "generation_config", None)
+    configured = getattr(generation, "eos_token_id", None)
+    found = list(configured) if isinstance(configured, (list, tuple)) else [configured]
+    found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+@torch.no_grad()
+def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: Any) -> dict[str, int]:
+    """Make each text one special token; token -> id. New rows are the mean of the rows in use before."""
+    used = len(tokenizer)
+    atomic = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    fresh = [token for token in dict.fromkeys(tokens) if token not in atomic]
+    if any(not token for token in fresh):
+        raise ModelError("an added token cannot be empty", where="model.add_tokens")
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in fresh], special_tokens=True)
+    if len(tokenizer) > used:
+        _grow(model, used, len(tokenizer))
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)}
+
+
+def _grow(model: PreTrainedModel, used: int, needed: int) -> None:
+    """Rows used..needed-1 of embedding, head and head bias become the mean of the rows before them."""
+    if model.get_input_embeddings().weight.shape[0] < needed:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    done: set[int] = set()
+    for parameter in [p for table in tables if table is not None for p in table.parameters(recurse=False)]:
+        if parameter.shape[0] >= needed and id(parameter) not in done:
+            parameter[used:needed] = parameter[:used].float().mean(0).to(parameter.dtype)
+            done.add(id(parameter))
+
+
+def save_whole(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, template: str | None, directory: Path | str
+) -> Path:
+    """A directory in Hugging Face layout that `load_model` (and everybody else) reads back."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with native_attention(model), _quiet():
+        model.save_pretrained(directory)
+    save_tokenizer(tokenizer, template, directory)
+    return directory
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, template: str | None, directory: Path | str) -> None:
+    """The tokenizer's files, and the chat template in force as chat_template.jinja."""
+    tokenizer.save_pretrained(directory)
+    if template is not None:
+        (Path(directory) / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and load reports off; what they say, we check."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

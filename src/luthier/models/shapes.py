@@ -1,0 +1,93 @@
+"""What a model is made of, read from its modules: linears, head, embedding, decoder layers, and what is left.
+
+Paths are those of the model as it stands; ask before a method attaches its sites. Experts that are kept as one
+3-D parameter have no linear module: their share is reported, so that "all linears" never silently means "not the
+experts". Embedding and head count as covered by neither: they are named apart.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear of the body. `transposed`: GPT-2's Conv1D keeps its weight as (in, out)."""
+
+    path: str
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The parts of one model."""
+
+    linears: tuple[Linear, ...]  # without the head
+    head: str | None
+    embedding: str | None
+    tied: bool
+    layers: tuple[str, ...]  # paths of the decoder layers, in order
+    layers_pattern: str | None  # `model.layers`
+    parameters: int
+    uncovered: tuple[tuple[str, int], ...]  # matrices and stacks in no linear, embedding or head: (name, elements)
+
+    @property
+    def uncovered_share(self) -> float:
+        """Share of all parameters that a site on every linear would not reach."""
+        return sum(count for _, count in self.uncovered) / max(1, self.parameters)
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Look at every module once."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linears = tuple(
+        _linear(path, module) for path, module in model.named_modules() if _is_linear(module) and module is not head
+    )
+    pattern, layers = decoder_layers(model)
+    known = {f"{linear.path}.weight" for linear in linears}
+    known |= {f"{paths[id(part)]}.weight" for part in (embedding, head) if id(part) in paths}
+    named = list(model.named_parameters())
+    uncovered = tuple((name, p.numel()) for name, p in named if p.ndim > 1 and name not in known)
+    return Shapes(
+        linears=linears,
+        head=paths.get(id(head)),
+        embedding=paths.get(id(embedding)),
+        tied=head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0),
+        layers=tuple(layers),
+        layers_pattern=pattern,
+        parameters=sum(p.numel() for _, p in named),
+        uncovered=uncovered,
+    )
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of every linear but the head."""
+    return [linear.path for linear in shapes_of(model).linears]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str | None, list[str]]:
+    """(path of the list, paths of its layers): the longest list of modules of one kind in the model."""
+    best: tuple[str | None, list[str]] = (None, [])
+    for path, module in model.named_modules():
+        inside_layer = re.search(r"\.\d+\.", path) is not None
+        if isinstance(module, nn.ModuleList) and not inside_layer and len(module) > len(best[1]):
+            best = path, [f"{path}.{index}" for index in range(len(module))]
+    return best
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _linear(path: str, module: nn.Module) -> Linear:
+    if isinstance(module, Conv1D):
+        return Linear(path, module.nx, module.nf, True)
+    assert isinstance(module, nn.Linear)
+    return Linear(path, module.in_features, module.out_features, False)
