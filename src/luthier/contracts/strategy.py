@@ -1,4 +1,8 @@
-"""The contract of a parallel strategy. The engine's loop is written once against it; `single` is one device."""
+"""The contract of a parallel strategy. The engine's loop is written once against it; `single` is one device.
+
+A strategy owns placement, the backward passes, clipping and the update, and sums over its ranks; it never
+chooses rows, losses or steps.
+"""
 
 from __future__ import annotations
 
