@@ -3,6 +3,9 @@
 Only `attach` is required; every other hook has a quiet default. State that a method gathers lives in named
 parameters and buffers of its sites (models/sites.py), so that checkpoints carry it and the dataclass stays
 frozen. Inverses live side by side: attach/merge, tensors/load.
+
+A field's annotation, default and `field(metadata={"doc": "why change it", "unit": "tokens"})` are its entry in the
+recipe's schema (`luthier schema --write`): that is how recipes are checked and explained without torch.
 """
 
 from __future__ import annotations

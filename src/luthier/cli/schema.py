@@ -1,0 +1,112 @@
+"""`luthier schema`: the JSON Schema of recipes (draft 2020-12), and its generator.
+
+The sections come from recipe/recipe.py, methods and objectives from their dataclasses: a field's type from its
+annotation, its words from `metadata={"doc": ..., "unit": ...}`, its default from the field. The generator stands
+here because it imports methods and objectives, which recipe/ must not; what it writes is package data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+
+_SHORT: dict[str, Any] = {"type": "string", "minLength": 1}
+_GUEST = {
+    "title": "guest", "description": "By dotted path: package.module or package.module.Class, with its own fields.",
+    "type": "object", "required": ["name"],
+    "properties": {"name": {"type": "string", "pattern": "\\."}}, "additionalProperties": True,
+}  # fmt: skip
+
+
+@click.command()
+@click.option("--write", is_flag=True, help="Write it anew from the sources, into the package (for developers).")
+def command(write: bool) -> None:
+    """Print the JSON Schema of recipes, for editors and checks.
+
+    Save it (luthier schema > luthier.schema.json) and point the editor's YAML support to it.
+    """
+    path = Path(__file__).resolve().parents[1] / "recipe" / "schema.json"
+    if write:
+        path.write_text(rendered(), encoding="utf-8")
+        click.echo(f"wrote {path}", err=True)
+    else:
+        click.echo(path.read_text("utf-8"), nl=False)
+
+
+def rendered() -> str:
+    """The text of schema.json."""
+    return json.dumps(generate(), indent=1, ensure_ascii=False) + "\n"
+
+
+def generate() -> dict[str, Any]:
+    """The schema from the sources: imports every method and objective, and so torch."""
+    from luthier.recipe.recipe import Recipe
+
+    schema = _untitled(Recipe.model_json_schema())
+    properties = schema["properties"]
+    for room, section in (("methods", "method"), ("objectives", "objective")):
+        properties[section] = {"description": properties[section]["description"], **_room(room)}
+        properties[section]["default"] = {"method": "lora", "objective": "sft"}[section]
+    for section in ("model", "data"):  # `model: path`, `data: file`
+        properties[section] = {"description": properties[section]["description"],
+                               "anyOf": [_SHORT, {"$ref": properties[section]["$ref"]}]}  # fmt: skip
+    fields = schema["$defs"]["DataSection"]["properties"]
+    evaluate = schema["$defs"]["EvaluateSection"]["properties"]
+    source = {"$ref": "#/$defs/DataSource"}
+    files = {"type": "array", "minItems": 1, "items": {"anyOf": [_SHORT, source]}}
+    share = next(branch for branch in fields["eval"]["anyOf"] if branch.get("type") == "number")
+    fields["train"] = {"description": fields["train"]["description"], "anyOf": [_SHORT, source, files]}
+    fields["eval"] = {**fields["eval"], "anyOf": [share, _SHORT, source, files, {"type": "null"}]}
+    evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}
+    return {**head, **schema}
+
+
+def _room(room: str) -> dict[str, Any]:
+    from luthier.recipe.resolve import load, names
+
+    found = names(room)
+    short = [*found, "qlora"] if "lora" in found and room == "methods" else found
+    named = [_dataclass(name, load(room, name)) for name in found]
+    return {"oneOf": [{"type": "string", "enum": short}, {"type": "string", "pattern": "\\."}, *named, _GUEST]}
+
+
+def _dataclass(name: str, kind: type[Any]) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    hints = typing.get_type_hints(kind)
+    properties: dict[str, Any] = {"name": {"const": name, "type": "string"}}
+    required = ["name"]
+    for field in dataclasses.fields(kind):
+        if not field.init:
+            continue
+        made = _untitled(TypeAdapter(hints[field.name]).json_schema())
+        made.update({"x-unit": field.metadata["unit"]} if "unit" in field.metadata else {})
+        if "doc" in field.metadata:
+            made = {"description": field.metadata["doc"], **made}
+        if field.default is not dataclasses.MISSING:
+            made["default"] = _plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            made["default"] = _plain(field.default_factory())
+        else:
+            required.append(field.name)
+        properties[field.name] = made
+    about = (kind.__doc__ or "").strip().split("\n\n")[0]
+    return {"title": name, "description": " ".join(about.split()), "type": "object", "properties": properties,
+            "required": required, "additionalProperties": False}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _untitled(node: Any) -> Any:
+    """Pydantic's `title` of every field only repeats its name."""
+    if isinstance(node, dict):
+        return {k: _untitled(v) for k, v in node.items() if not (k == "title" and isinstance(v, str))}
+    return [_untitled(item) for item in node] if isinstance(node, list) else node

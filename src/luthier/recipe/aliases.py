@@ -1,0 +1,254 @@
+"""Names of other trainers (TRL, LLaMA-Factory, Axolotl, ms-swift, Unsloth) read as ours, each with a note.
+
+An alias is understood at the top of the recipe and in the sections on the way to its target, so
+`num_train_epochs` works flat and under `train:`. What a peer says and we do not have is refused with the
+word that comes closest; what changes nothing here is dropped with a note. Saying one thing under two names
+is an error: nobody can know which was meant.
+
+Leaves out: whole configuration files of peers (`luthier import`), names whose meaning differs between peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from luthier.contracts.errors import LuthierError, RecipeError
+from luthier.recipe.document import Document, Steps, dotted
+from luthier.recipe.forms import has, look
+
+Read = Callable[[Any], Any]  # a peer's value to ours; ValueError says why not
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _words(**table: Any) -> Read:
+    return lambda value: table.get(value, value) if isinstance(value, str) else value
+
+
+def _when_true(ours: Any, otherwise: Any) -> Read:
+    def read(value: Any) -> Any:
+        if isinstance(value, bool):
+            return ours if value else otherwise
+        return value
+
+    return read
+
+
+def _targets(value: Any) -> Any:
+    if isinstance(value, str):
+        return "all-linear" if value in {"all", "all-linear"} else [part.strip() for part in value.split(",")]
+    return value
+
+
+def _roles(value: Any) -> Any:
+    return {True: ["system", "user", "assistant"], False: ["assistant"]}[value] if isinstance(value, bool) else value
+
+
+def _files(value: Any) -> Any:
+    if isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def _no_fp16(value: Any) -> Any:
+    if value in (True, "fp16", "float16"):
+        raise ValueError("fp16 needs loss scaling, which is not here; use engine.precision: bf16 or auto")
+    return "auto" if value is False else value
+
+
+def _no_limit(value: Any) -> Any:
+    return None if value == -1 else value
+
+
+def _bits(value: Any) -> Any:
+    return {4: "nf4", 8: "int8", 16: "none"}.get(value, value) if isinstance(value, int) else value
+
+
+SCHEDULES = _words(constant_with_warmup="constant", warmup_stable_decay="wsd", cosine_with_min_lr="cosine")
+OPTIMIZERS = _words(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw")
+PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", no="fp32")
+DTYPES = _words(bf16="bfloat16", fp32="float32", fp16="float16", float="float32", half="float16")
+
+# peer's name -> (our path, how its value reads)
+PEERS: dict[str, tuple[str, Read]] = {
+    **dict.fromkeys(("model_name_or_path", "base_model", "model_name", "model_id"), ("model.path", _same)),
+    "model_revision": ("model.revision", _same),
+    **dict.fromkeys(("torch_dtype", "dtype"), ("model.dtype", DTYPES)),
+    "load_in_4bit": ("model.quantization", _when_true("nf4", "none")),
+    "load_in_8bit": ("model.quantization", _when_true("int8", "none")),
+    "quantization_bit": ("model.quantization", _bits),
+    "chat_template": ("model.chat_template", _same),
+    "add_tokens": ("model.add_tokens", _same),
+    **dict.fromkeys(("dataset", "datasets", "dataset_path", "train_file", "train_dataset", "data_path"),
+                    ("data.train", _files)),
+    **dict.fromkeys(("val_size", "val_set_size"), ("data.eval", _same)),
+    **dict.fromkeys(("eval_dataset", "validation_file", "test_datasets"), ("data.eval", _files)),
+    **dict.fromkeys(("cutoff_len", "max_length", "max_seq_length", "max_seq_len", "sequence_len"),
+                    ("data.max_tokens", _same)),
+    **dict.fromkeys(("packing", "sample_packing", "neat_packing"), ("data.packing", _when_true("forest", "none"))),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), ("data.mask.roles", _roles)),
+    "roles_to_train": ("data.mask.roles", _same),
+    "mask_history": ("data.mask.last_turn_only", _same),
+    **dict.fromkeys(("finetuning_type", "adapter", "tuner_type", "train_type"), ("method.name", _same)),
+    **dict.fromkeys(("lora_r", "lora_rank"), ("method.r", _same)),
+    "lora_alpha": ("method.lora_alpha", _same),
+    "lora_dropout": ("method.lora_dropout", _same),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), ("method.target_modules", _targets)),
+    "lora_target_linear": ("method.target_modules", _when_true("all-linear", None)),
+    **dict.fromkeys(("lora_modules_to_save", "additional_target", "modules_to_save"),
+                    ("method.modules_to_save", _files)),
+    "use_rslora": ("method.use_rslora", _same),
+    **dict.fromkeys(("stage", "rl", "rlhf_type"), ("objective.name", _same)),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs", _same)),
+    "max_steps": ("train.max_steps", _no_limit),
+    **dict.fromkeys(("learning_rate", "lr"), ("train.learning_rate", _same)),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), ("train.schedule", SCHEDULES)),
+    "warmup_ratio": ("train.warmup_ratio", _same),
+    "weight_decay": ("train.weight_decay", _same),
+    **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad_norm"), ("train.max_grad_norm", _same)),
+    **dict.fromkeys(("optim", "optimizer"), ("train.optimizer", OPTIMIZERS)),
+    "save_steps": ("train.save_every", _same),
+    "save_total_limit": ("train.keep", _same),
+    "seed": ("train.seed", _same),
+    "bf16": ("engine.precision", _when_true("bf16", "auto")),
+    "fp16": ("engine.precision", _no_fp16),
+    "gradient_checkpointing": ("engine.checkpoint_activations", _same),
+    "eval_steps": ("evaluate.every", _same),
+}  # fmt: skip
+
+# values of peers under our own names
+_VALUES: dict[str, Read] = {
+    "model.dtype": DTYPES, "train.schedule": SCHEDULES, "train.optimizer": OPTIMIZERS,
+    "engine.precision": PRECISIONS, "data.packing": _when_true("forest", "none"),
+}  # fmt: skip
+
+_BATCH = ("per_device_train_batch_size", "per_device_batch_size", "micro_batch_size")
+_ACCUMULATION = "gradient_accumulation_steps"
+
+_REFUSED: dict[str, str] = {
+    "warmup_steps": "give train.warmup_ratio, the share of all steps",
+    "load_best_model_at_end": "evaluate.keep_best: eval_loss does this",
+    "overwrite_output_dir": "pass --fresh to `luthier train` instead",
+    "resume_from_checkpoint": "pass --resume to `luthier train` instead",
+    "trust_remote_code": "code of a model directory is never run",
+    "deepspeed": "not here yet; engine.strategy: single",
+    "fsdp": "not here yet; engine.strategy: single",
+}
+_DROPPED: dict[str, str] = {
+    **dict.fromkeys(("logging_steps", "log_every_n_steps"), "every step is in the journal"),
+    **dict.fromkeys(("preprocessing_num_workers", "dataloader_num_workers", "dataset_num_proc",
+                     "dataloader_pin_memory", "overwrite_cache", "group_by_length", "plot_loss", "do_train"),
+                    "nothing here depends on it"),
+    **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), "the forest attention is always used"),
+}  # fmt: skip
+
+_PLACES: tuple[Steps, ...] = (
+    (), ("model",), ("data",), ("data", "mask"), ("method",), ("objective",), ("train",), ("engine",), ("evaluate",),
+)  # fmt: skip
+
+
+def translate(document: Document) -> tuple[list[str], list[LuthierError]]:
+    """Rewrite the document in our names; the notes say what was read as what."""
+    notes: list[str] = []
+    errors: list[LuthierError] = []
+    for place in _PLACES:
+        section = look(document.data, place)
+        if isinstance(section, dict):
+            _batch(document, place, section, notes, errors)
+            for key in [key for key in section if isinstance(key, str)]:
+                _one(document, (*place, key), notes, errors)
+    for path, read in _VALUES.items():
+        steps: Steps = tuple(path.split("."))
+        if has(document.data, steps):
+            old = look(document.data, steps)
+            new = read(old)
+            if new is not old and new != old:
+                document.set(steps, new, like=steps)
+                notes.append(f"{document.where(steps)}: `{path}: {_shown(old)}` is read as `{_shown(new)}`")
+    return notes, errors
+
+
+def peers_of(path: str) -> list[str]:
+    """Names under which other trainers know the field at `path`."""
+    found = [name for name, (target, _) in PEERS.items() if target == path and name != path.rpartition(".")[2]]
+    return [*found, f"{_BATCH[0]} x {_ACCUMULATION}"] if path == "train.rows_per_step" else found
+
+
+def _one(document: Document, steps: Steps, notes: list[str], errors: list[LuthierError]) -> None:
+    place, key = steps[:-1], str(steps[-1])
+    where = document.where(steps, key=True)
+    if key in _REFUSED and not place:
+        errors.append(RecipeError(f"`{key}` is another trainer's", where=where, remedy=_REFUSED[key]))
+    elif key in _DROPPED and place in ((), ("train",), ("data",)):
+        del look(document.data, place)[key]
+        notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
+    elif key in PEERS:
+        target: Steps = tuple(PEERS[key][0].split("."))
+        if target[: len(place)] == place and target != steps:
+            _rename(document, steps, target, notes, errors)
+
+
+def _rename(document: Document, steps: Steps, target: Steps, notes: list[str], errors: list[LuthierError]) -> None:
+    where, key = document.where(steps, key=True), str(steps[-1])
+    for end in range(1, len(target)):
+        if look(document.data, target[:end]) is not None and not isinstance(look(document.data, target[:end]), dict):
+            return  # a section of the wrong type: the checker says so
+    if has(document.data, target):
+        errors.append(_twice(document, steps, target))
+        return
+    old = look(document.data, steps)
+    try:
+        new = PEERS[key][1](old)
+    except ValueError as reason:
+        errors.append(RecipeError(f"`{key}` has no counterpart", where=where, value=old, remedy=str(reason)))
+        return
+    document.set(target, new, like=steps)
+    document.move(steps, target)
+    del look(document.data, steps[:-1])[key]
+    notes.append(f"{where}: `{key}: {_shown(old)}` is read as `{dotted(target)}: {_shown(new)}`")
+
+
+def _batch(
+    document: Document, place: Steps, section: dict[Any, Any], notes: list[str], errors: list[LuthierError]
+) -> None:
+    """per-device batch x accumulation -> rows of one optimizer step."""
+    if place not in ((), ("train",)):
+        return
+    named = [key for key in _BATCH if key in section]
+    steps: Steps = (*place, named[0] if named else _ACCUMULATION)
+    if not named and _ACCUMULATION not in section:
+        return
+    where = document.where(steps, key=True)
+    each, times = (section[named[0]] if named else None), section.get(_ACCUMULATION, 1)
+    target: Steps = ("train", "rows_per_step")
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (each, times))
+    if not named:
+        remedy = "give train.rows_per_step, the rows of a whole optimizer step"
+        errors.append(RecipeError(f"`{_ACCUMULATION}` alone says no batch", where=where, value=times, remedy=remedy))
+    elif len(named) > 1:
+        errors.append(_twice(document, (*place, named[1]), steps))
+    elif not whole:
+        remedy = "whole numbers above 0"
+        errors.append(RecipeError(f"`{named[0]}` x `{_ACCUMULATION}` is no number of rows", where=where,
+                                  value=f"{each} x {times}", remedy=remedy))  # fmt: skip
+    elif has(document.data, target):
+        errors.append(_twice(document, steps, target))
+    else:
+        document.set(target, each * times, like=steps)
+        notes.append(f"{where}: `{named[0]}: {each}` x `{_ACCUMULATION}: {times}` is read as "
+                     f"`train.rows_per_step: {each * times}` (the whole step, over all devices)")  # fmt: skip
+    for key in (*named, _ACCUMULATION):
+        section.pop(key, None)
+
+
+def _twice(document: Document, steps: Steps, target: Steps) -> RecipeError:
+    other = document.where(target, key=True)
+    what = f"`{steps[-1]}` and `{dotted(target)}` say one thing twice"
+    return RecipeError(what, where=document.where(steps, key=True), remedy=f"keep one (the other: {other})")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,215 @@
+"""The typed tree of a recipe: what a person wants, in frozen sections that refuse unknown keys.
+
+    model   which weights            method     how they change      train   how long, how fast, in what batches
+    data    which rows, which mask   objective  what is minimised    engine  where it runs      evaluate  on what
+
+Every field carries its unit and one line of "why change it"; the JSON Schema, `luthier explain` and the
+editors read them from here. `Recipe(model="path", data="x.jsonl", method=LoRA(r=16))` accepts what the YAML
+accepts, and dataclasses. `resolved()` is plain data that reads back to an equal recipe.
+
+Leaves out: the fields of methods and objectives (their dataclasses are the sections; `schema.json` lists
+them), anything that needs a model, and torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from luthier.contracts.errors import RecipeError, raise_all
+from luthier.recipe.check import checked
+
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+Beta = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _field(default: Any, doc: str, *, unit: str = "", **limits: Any) -> Any:
+    extra: dict[str, Any] = {"x-unit": unit} if unit else {}
+    return Field(default, description=doc, json_schema_extra=extra or None, **limits)
+
+
+class ModelSection(Section):
+    """The base model: where its weights are and how they are opened."""
+
+    path: Name = _field(..., "Directory with safetensors weights, or a hub id that is in the local cache.")
+    revision: Name | None = _field(None, "Hub revision; pin it so that the same recipe means the same weights.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field(
+        "auto", "Number format of frozen weights; auto follows engine.precision, float32 costs twice the memory."
+    )
+    quantization: Literal["none", "nf4", "int8", "fp8"] = _field(
+        "none", "Storage of frozen linear weights; nf4 needs a quarter of bf16's memory (QLoRA)."
+    )
+    add_tokens: tuple[Name, ...] = _field(
+        (), "New atomic tokens, such as a template's control strings; their rows train and travel with the adapter."
+    )
+    chat_template: Name | None = _field(
+        None, "Template file or name, where the tokenizer has none or the wrong one. Default: the tokenizer's."
+    )
+    attention: Literal["auto", "forest", "unpacked"] = _field(
+        "auto", "auto packs rows where the self-check at load proves it exact; unpacked never packs."
+    )
+
+
+class DataSource(Section):
+    """One source of rows in a list."""
+
+    path: Name = _field(..., "File or glob: jsonl, json, parquet, csv, txt, also .gz and .zst.")
+    weight: Float = _field(1.0, "How often its rows are seen per epoch; 0.5 takes half of them.", unit="times", gt=0)
+    format: Name | None = _field(
+        None, "Shape of the rows (messages, prompt_completion, alpaca, sharegpt, text); default: detected."
+    )
+    split: Name | None = _field(None, "Split of a data set directory, such as train.")
+
+
+class MaskSection(Section):
+    """Which tokens of a conversation are trained."""
+
+    roles: tuple[Role, ...] = _field(
+        ("assistant",), "Roles whose words are trained; add user to model both sides.", min_length=1
+    )
+    last_turn_only: Bool = _field(False, "Train the last assistant turn only, when earlier turns are of lower quality.")
+    thinking: Literal["as_template", "keep", "drop"] = _field(
+        "as_template", "What happens to reasoning text; as_template leaves it to the chat template."
+    )
+    train_generation_prompt: Bool = _field(
+        False, "Also train the tokens that open a turn; only for templates that a model has never seen."
+    )
+
+
+class DataSection(Section):
+    """The rows: where they are, how long they may be, which tokens count."""
+
+    train: tuple[DataSource, ...] = _field(..., "Training rows: a file, a glob, or a list of sources.", min_length=1)
+    eval: Annotated[float, Strict(), Field(gt=0, lt=1)] | tuple[DataSource, ...] | None = _field(
+        None, "Held-out rows: a share of the training rows, such as 0.05, or files of their own.", unit="share"
+    )
+    max_tokens: Int = _field(
+        2048, "Longest sequence; memory grows with it, rows beyond it go by `overlong`.", unit="tokens", ge=8
+    )
+    overlong: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = _field(
+        "drop", "Rows beyond max_tokens; drop counts them in the ledger, split makes several rows of a text."
+    )
+    packing: Literal["forest", "none"] = _field(
+        "forest", "forest packs rows without padding and without contamination; none runs each row alone (slow)."
+    )
+    mask: MaskSection = _field(MaskSection(), "Which tokens are trained.")
+    bad_rows: Literal["strict", "quarantine"] = _field(
+        "strict", "strict stops at rows that cannot be read; quarantine writes them to rejects.jsonl and goes on."
+    )
+    injection: Literal["escape", "error"] = _field(
+        "escape", "Control strings inside content become ordinary text (escape) or stop the run (error)."
+    )
+
+
+class TrainSection(Section):
+    """How long, how fast, in what batches."""
+
+    epochs: Float = _field(1.0, "Passes over the rows; more than 3 tends to memorise.", unit="epochs", gt=0)
+    max_steps: Int | None = _field(
+        None, "Stop after so many optimizer steps instead; the rows repeat if they must.", unit="steps", gt=0
+    )
+    learning_rate: Float | None = _field(
+        None, "Peak step size; default by method (lora 2e-4, full 1e-5). Lower it when the loss jumps.", gt=0
+    )
+    tokens_per_step: Int | None = _field(
+        16384, "All packed tokens of one optimizer step, prompts included; more is smoother and slower.",
+        unit="tokens", gt=0,
+    )  # fmt: skip
+    rows_per_step: Int | None = _field(
+        None, "Rows of one optimizer step, in place of tokens_per_step; for comparison with other trainers.",
+        unit="rows", gt=0,
+    )  # fmt: skip
+    microbatch_tokens: Literal["auto"] | Annotated[int, Strict(), Field(gt=0)] = _field(
+        "auto", "Tokens computed at once; lower it to save memory, the result stays the same.", unit="tokens"
+    )
+    schedule: Schedule = _field("cosine", "Course of the learning rate after warm-up; constant for short probes.")
+    warmup_ratio: Share = _field(0.03, "Share of the steps in which the rate rises from zero.", unit="share")
+    min_lr_ratio: Share = _field(0.0, "Where the rate ends, relative to learning_rate.", unit="share")
+    decay_ratio: Share = _field(0.1, "Share of the last steps in which schedule wsd falls.", unit="share")
+    weight_decay: Float = _field(0.0, "Pull of the weights to zero (decoupled); 0.01-0.1 when overfitting.", ge=0)
+    adam_betas: tuple[Beta, Beta] = _field(
+        (0.9, 0.999), "Memory of AdamW's two averages; (0.9, 0.95) for long runs with large batches."
+    )
+    max_grad_norm: Float = _field(1.0, "Gradients beyond this global norm are scaled down; 0 turns it off.", ge=0)
+    optimizer: Name = _field("adamw", "Rule of the update.")
+    save_every: Int | None = _field(
+        None, "Steps between checkpoints; default: about ten over the run, and one at its end.", unit="steps", gt=0
+    )
+    keep: Int = _field(3, "Newest checkpoints that stay on disk (the best one stays besides).", unit="count", ge=1)
+    seed: Int = _field(42, "Start of every random stream: order, dropout, new weights.", ge=0, lt=2**63)
+    pack_window: Int = _field(
+        1024, "Rows shuffled together before packing; larger packs tighter, smaller mixes lengths more.",
+        unit="rows", ge=1,
+    )  # fmt: skip
+
+
+class EngineSection(Section):
+    """Where the work runs; nothing here changes what is learnt, but for precision."""
+
+    strategy: Name = _field("auto", "How devices share the work; auto takes single on one device.")
+    precision: Literal["auto", "fp32", "bf16"] = _field(
+        "auto", "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU."
+    )
+    device: Name = _field("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    checkpoint_activations: Literal["auto"] | Bool = _field(
+        "auto", "Compute activations again in the backward pass: less memory, about a third more time."
+    )
+    threads: Literal["auto"] | Annotated[int, Strict(), Field(ge=1, le=4096)] = _field(
+        "auto", "CPU threads; part of a checkpoint, because it changes the order of sums.", unit="threads"
+    )
+
+
+class EvaluateSection(Section):
+    """When held-out rows are scored during training, and what is kept."""
+
+    every: Int | None = _field(
+        None, "Steps between evaluations; default: at each checkpoint and at the end.", unit="steps", gt=0
+    )
+    on: tuple[DataSource, ...] | None = _field(None, "File to score, where data.eval holds nothing out.")
+    keep_best: Literal["eval_loss"] | None = _field(
+        "eval_loss", "Which number picks the checkpoint that becomes the adapter; null takes the last."
+    )
+
+
+class Recipe(Section):
+    """What to tune, on what, how: the same tree in YAML, on the command line and in Python."""
+
+    model: ModelSection = _field(..., "The base model: a path, or a mapping.")
+    data: DataSection = _field(..., "The rows: a file, or a mapping.")
+    method: dict[str, Any] = _field({"name": "lora"}, "How weights change: a name, or a mapping with its fields.")
+    objective: dict[str, Any] = _field({"name": "sft"}, "What is minimised: a name, or a mapping with its fields.")
+    train: TrainSection = _field(TrainSection(), "How long, how fast, in what batches.")
+    engine: EngineSection = _field(EngineSection(), "Where the work runs.")
+    evaluate: EvaluateSection = _field(EvaluateSection(), "When held-out rows are scored.")
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = _field(
+        (), "Loggers that read the journal besides the files of the run."
+    )
+    output_dir: Name = _field(
+        "runs/run", "Directory of the run; from a file, the default is runs/<name of the recipe>."
+    )
+
+    def __init__(self, **sections: Any) -> None:
+        data, errors = checked(sections)
+        raise_all(errors)
+        try:
+            super().__init__(**data)
+        except ValidationError as error:  # the schema is checked first, so this is a hole in it: still in words
+            raise_all([RecipeError(str(e["msg"]), where=".".join(map(str, e["loc"])), value=e["input"])
+                       for e in error.errors()])  # fmt: skip
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data (dict, list, str, numbers, None), every default written out; reads back to an equal recipe."""
+        return self.model_dump(mode="json")
