@@ -1,0 +1,313 @@
+"""LoRA: y = W x + b + s B A dropout(x), A (r, in), B (out, r), s = alpha / r (alpha / sqrt(r) with use_rslora).
+
+arXiv:2106.09685; files, field names, matching and initialisation are PEFT's (`peft_type: LORA`). A starts as
+kaiming uniform(a = sqrt 5) = U(-1/sqrt(in), 1/sqrt(in)) or N(0, 1/r^2), B as zero: the model starts as the base.
+On an embedding A (r, V) is zero and B (dim, r) is N(0, 1); the lookup is scaled as the model scales its own.
+Adapter weights are fp32 over a bf16 base unless `adapter_dtype: bf16`; dropout only in training.
+Defaults are ours where PEFT's are a trap: r 16, alpha 2r, all linear layers.
+
+Exemption from "no section over 12 fields": parity of names with PEFT is worth more here than a short list;
+everything after `target_modules` is rarely touched. Left out: `target_parameters` (experts stored as one 3-D
+parameter), layer_replication, `ensure_weight_tying` (a tied embedding or head is refused, not silently untied).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from luthier.contracts.errors import NotMergeable, RecipeError
+from luthier.contracts.method import Method
+from luthier.models import peft_names
+from luthier.models.low_rank import low_rank
+from luthier.models.sites import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    SavedModule,
+    Site,
+    features,
+    freeze,
+    named_sites,
+    replace,
+    settle_in_place,
+    sites,
+    switched_off,
+    tied_to,
+    train_in_place,
+    unwrap,
+)
+from luthier.models.targets import ALL_LINEAR, Targets, by_pattern, find_saved, find_targets, shortest_names
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _doc(default: Any, doc: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank adapters beside frozen weights: small files, little memory, near full fine-tuning on most tasks."""
+
+    paper: ClassVar[str] = "arXiv:2106.09685"
+    mergeable: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "LORA"
+    default_learning_rate: ClassVar[float] = 2e-4
+
+    r: int = _doc(16, "rank: 4-8 for simple tasks, 16 in general, 32-64 for reasoning, 128 and more for a new domain")
+    lora_alpha: float | None = _doc(None, "scale numerator; the update is multiplied by lora_alpha / r; default 2 r")
+    lora_dropout: float = _doc(0.0, "share of the adapter's input dropped in training; 0.05 for very small data")
+    target_modules: str | tuple[str, ...] = _doc(ALL_LINEAR, "all-linear, a list of module names, or a regex on paths")
+    exclude_modules: str | tuple[str, ...] | None = _doc(None, "modules left alone: list of names, or a regex on paths")
+    bias: str = _doc("none", "base biases that also train: none, all, or lora_only (those of adapted layers)")
+    use_rslora: bool = _doc(False, "scale by lora_alpha / sqrt(r): keeps learning at ranks of 64 and more")
+    rank_pattern: dict[str, int] = _doc({}, "regex on paths -> another rank there")
+    alpha_pattern: dict[str, float] = _doc({}, "regex on paths -> another lora_alpha there")
+    layers_to_transform: int | tuple[int, ...] | None = _doc(None, "only these layer numbers (with a list of targets)")
+    layers_pattern: str | tuple[str, ...] | None = _doc(None, "name of the layer list, where it is not found by itself")
+    modules_to_save: tuple[str, ...] = _doc((), "modules trained and saved as full copies, e.g. a new lm_head")
+    init_lora_weights: bool | str = _doc(True, "true: A uniform, B zero; gaussian: A normal; false: both random")
+    lora_bias: bool = _doc(False, "an extra trainable bias on B")
+    adapter_dtype: str = _doc("fp32", "dtype of the adapter's weights: fp32, or bf16 for half the adapter's memory")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            if isinstance(value := getattr(self, spec.name), (list, set)):
+                object.__setattr__(self, spec.name, tuple(sorted(value) if isinstance(value, set) else value))
+        checks = {
+            "r": isinstance(self.r, int) and self.r >= 1,
+            "lora_alpha": self.lora_alpha is None or self.lora_alpha > 0,
+            "lora_dropout": 0.0 <= self.lora_dropout < 1.0,
+            "bias": self.bias in ("none", "all", "lora_only"),
+            "rank_pattern": all(isinstance(rank, int) and rank >= 1 for rank in self.rank_pattern.values()),
+            "alpha_pattern": all(alpha > 0 for alpha in self.alpha_pattern.values()),
+            "init_lora_weights": self.init_lora_weights in (True, False, "gaussian"),
+            "adapter_dtype": self.adapter_dtype in DTYPES,
+        }
+        docs = {spec.name: spec.metadata["doc"] for spec in fields(self)}
+        for name, fine in checks.items():
+            if not fine:
+                raise RecipeError(
+                    f"{name} cannot be that", where=f"method.{name}", value=getattr(self, name), remedy=docs[name]
+                )
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or 2 r where the recipe leaves it open."""
+        return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(
+            target_modules=self.target_modules, exclude_modules=self.exclude_modules,
+            modules_to_save=self.modules_to_save, layers_to_transform=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
+        )  # fmt: skip
+
+    def delta(self, path: str, base: nn.Module) -> LowRank:
+        """What goes beside one module; methods that build on LoRA override this."""
+        rank = by_pattern(self.rank_pattern, path, self.r)
+        alpha = by_pattern(self.alpha_pattern, path, self.alpha)
+        made: LowRank = LowRankEmbedding(base, rank) if isinstance(base, nn.Embedding) else LowRank(base, rank)
+        made.scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        made.dropout = self.lora_dropout
+        made.make(base, DTYPES[self.adapter_dtype], bias=self.lora_bias, init=self.init_lora_weights)
+        return made
+
+    def attach(self, model: nn.Module) -> None:
+        if sites(model):
+            raise RecipeError("the model already carries an adapter", where="method", remedy="merge or detach it first")
+        found, saved = find_targets(model, self.targets), find_saved(model, self.modules_to_save)
+        for path in (*found, *saved):
+            if others := tied_to(model, path):
+                raise RecipeError(
+                    f"{path} shares its weight with {', '.join(others)}: an adapter on one would silently untie them",
+                    where="method.modules_to_save" if path in saved else "method.target_modules", value=path,
+                    remedy="leave it out; new tokens train through model.add_tokens",
+                )  # fmt: skip
+        freeze(model)
+        for path, base in found.items():
+            kind = AdaptedEmbedding if isinstance(base, nn.Embedding) else AdaptedLinear
+            replace(model, path, kind(base, self.delta(path, base)))
+        self._train_biases(model, found)
+        for path, base in saved.items():
+            replace(model, path, SavedModule(base))
+
+    def _train_biases(self, model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+        """bias=all: every base parameter with `bias` in its name; lora_only: those of adapted layers."""
+        if self.bias == "none":
+            return
+        own = {id(p) for site in sites(model) for p in site.delta.parameters()}
+        chosen = list(model.modules()) if self.bias == "all" else list(found.values())
+        for module in chosen:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if "bias" in name and id(parameter) not in own:
+                    train_in_place(module, name)
+
+    @contextmanager
+    def off(self, model: nn.Module) -> Iterator[None]:
+        with switched_off(model):
+            yield
+
+    def merge(self, model: nn.Module) -> None:
+        """W += s B A in fp32, rounded once; refuses before touching anything where a base cannot take it."""
+        adapted = [(path, s) for path, s in named_sites(model) if isinstance(s, (AdaptedLinear, AdaptedEmbedding))]
+        for path, site in adapted:
+            check_foldable(path, site)
+        with torch.no_grad():
+            for _, site in adapted:
+                fold(site)
+        settle_in_place(model)
+        for kind in (AdaptedLinear, AdaptedEmbedding, SavedModule):
+            unwrap(model, kind)
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        return peft_names.collect(model)
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        peft_names.restore(model, tensors)
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        """PEFT's keys; `all-linear` is written as names, so that every reader selects the same modules."""
+        adapted = {path: s for path, s in named_sites(model) if isinstance(s, (AdaptedLinear, AdaptedEmbedding))}
+        inner = [_innermost(site) for site in adapted.values()]
+        targets: Any = self.target_modules
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            targets = shortest_names(model, list(adapted))
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.r, "lora_alpha": _whole(self.alpha),
+            "lora_dropout": self.lora_dropout, "bias": self.bias, "use_rslora": self.use_rslora, "use_dora": False,
+            "target_modules": _plain(targets), "exclude_modules": _plain(self.exclude_modules),
+            "layers_to_transform": _plain(self.layers_to_transform), "layers_pattern": _plain(self.layers_pattern),
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {key: _whole(value) for key, value in self.alpha_pattern.items()},
+            "modules_to_save": _plain(self.modules_to_save) or None, "init_lora_weights": self.init_lora_weights,
+            "lora_bias": self.lora_bias, "fan_in_fan_out": bool(inner) and all(isinstance(m, Conv1D) for m in inner),
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> LoRA:
+        """From the checked keys of a PEFT config; what changes the mathematics and is not ours is refused."""
+        for key in ("use_dora", "use_qalora", "target_parameters", "layer_replication", "arrow_config", "use_bdlora"):
+            if config.get(key):
+                raise RecipeError(f"this LoRA adapter uses {key}, which {cls.__name__} does not have", where=key)
+        names = {spec.name for spec in fields(cls)} - {"init_lora_weights"}
+        known = {key: value for key, value in config.items() if key in names and value is not None}
+        init = config.get("init_lora_weights", True)
+        return cls(**{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init in (True, "gaussian") else True)
+
+
+class LowRank(nn.Module):
+    """The two matrices beside one linear. Parameters are PEFT's: lora_A (r, in), lora_B (out, r)."""
+
+    scale: float
+    dropout: float
+
+    def __init__(self, base: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.lora_bias: nn.Parameter | None = None
+
+    def make(self, base: nn.Module, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
+        """Fresh parameters, drawn in fp32 by torch's CPU generator, so that every device starts alike."""
+        inputs, outputs = features(base)
+        place = next(base.parameters()).device
+        drawn = place if place.type == "meta" else torch.device("cpu")
+        a_RD, b_OR = torch.empty(self.rank, inputs, device=drawn), torch.zeros(outputs, self.rank, device=drawn)
+        nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(b_OR, a=math.sqrt(5))
+        elif init == "gaussian":
+            nn.init.normal_(a_RD, std=1 / self.rank)
+        self.lora_A, self.lora_B = nn.Parameter(a_RD.to(place, dtype)), nn.Parameter(b_OR.to(place, dtype))
+        if bias:
+            self.lora_bias = nn.Parameter(torch.zeros(outputs, device=place, dtype=dtype))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        y = low_rank(y, dropped, self.lora_A, self.lora_B, self.scale)
+        return y if self.lora_bias is None else (y + self.scale * self.lora_bias).to(y.dtype)
+
+    def weight(self) -> Tensor:
+        """s B A, (out, in), fp32."""
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        return found if self.lora_bias is None else {**found, "lora_B.bias": self.lora_bias}
+
+
+class LowRankEmbedding(LowRank):
+    """On an embedding: y += s * lookup(A^T)[ids] B^T; A (r, V) zero, B (dim, r) normal; no dropout."""
+
+    def make(self, base: nn.Module, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
+        if bias:
+            raise RecipeError("lora_bias does not go with an embedding", where="method.lora_bias", value=True)
+        rows, width = base.weight.shape
+        place = base.weight.device
+        drawn = place if place.type == "meta" else torch.device("cpu")
+        a_RV = torch.zeros(self.rank, rows, device=drawn)
+        if init is False:
+            nn.init.normal_(a_RV)
+        b_DR = nn.init.normal_(torch.empty(width, self.rank, device=drawn))
+        self.lora_A, self.lora_B = nn.Parameter(a_RV.to(place, dtype)), nn.Parameter(b_DR.to(place, dtype))
+
+    def forward(self, ids: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        looked_up = functional.embedding(ids, self.lora_A.T, padding_idx=base.padding_idx)
+        added = looked_up @ self.lora_B.T * self.scale
+        factor = getattr(base, "embed_scale", None)  # Gemma and friends scale inside their embedding
+        return (y + (added if factor is None else added * factor)).to(y.dtype)
+
+    def weight(self) -> Tensor:
+        """s (B A)^T, (V, dim), fp32."""
+        return super().weight().T
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
+
+def check_foldable(path: str, site: Site) -> None:
+    """NotMergeable unless the base has an ordinary weight (and a bias slot, where one is needed)."""
+    base = site.base_layer
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
+        raise NotMergeable(
+            f"{path} is stored as {type(base).__name__}, which cannot take the change exactly",
+            remedy="merge into the unquantised base",
+        )  # fmt: skip
+    if getattr(site.delta, "lora_bias", None) is not None and base.bias is None:
+        raise NotMergeable(f"{path} has no bias to fold lora_bias into", remedy="train with lora_bias: false")
+
+
+def fold(site: Site) -> None:
+    """base.weight += delta.weight(), summed in fp32 and rounded once; Conv1D stores the transpose."""
+    base, delta = site.base_layer, site.delta
+    change = delta.weight()
+    change = change.T if isinstance(base, Conv1D) else change
+    base.weight.data = (base.weight.float() + change).to(base.weight.dtype)
+    if (bias := getattr(delta, "lora_bias", None)) is not None:
+        base.bias.data = (base.bias.float() + delta.scale * bias.float()).to(base.bias.dtype)
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while isinstance(module, Site):
+        module = module.base_layer
+    return module
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
