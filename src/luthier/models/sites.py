@@ -155,6 +155,14 @@ def unwrap(model: nn.Module, kind: type[Site] = Site) -> None:
         replace(model, name, getattr(site, site._shown()))
 
 
+def detach(model: nn.Module) -> None:
+    """Undo an attach: every site out, every base parameter back to its original value."""
+    _swap(model)
+    settle_in_place(model)
+    for name, site in reversed([(n, m) for n, m in model.named_modules() if isinstance(m, Site)]):
+        replace(model, name, site.base_layer)
+
+
 def freeze(model: nn.Module) -> None:
     """Nothing trains any more. Methods call it first, then switch on what is theirs."""
     for parameter in model.parameters():
