@@ -1,14 +1,315 @@
-"""Opening a trunk: is a packed forest through this model the same as every path alone?"""
+"""Opening a trunk: is a packed forest through this model the same as every path alone? Asked once, in numbers.
+
+Neither class flags nor call counts tell which families may be packed: many give wrong numbers without an error
+(state space, convolutions, decoders that ignore positions). So a small forest (several roots, a star, a tree,
+longer than the window) goes through the model and is compared with each root-to-leaf path run alone by the
+model's own attention, logits and gradients of all weights; attention must have run in every layer. Large models
+are represented by a few-layer cut (models/cut.py).
+
+    logits     max|d| / max(1, max|ref|)                 <= 1e-5, or 4x the model's own rounding noise
+    gradients  max|d| / (max|g| + 1e-3 max over all)     <= 2e-4, for every weight
+
+A family that fails takes the unpacked path, itself checked the same way, or is refused with the reason. The
+model is left exactly as found: modes, gradients, attention, random state.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.contracts.batch import Batch, Forest
+from luthier.contracts.errors import ModelError
+from luthier.models.attention import ForestMask, forest_attention, native_attention, witnessed
+from luthier.models.cut import subjects
+from luthier.models.kernels.varlen import varlen_refusal
+from luthier.models.logprobs import HeadMap, gather_logprobs
+from luthier.models.shapes import decoder_layers
 from luthier.models.trunk import Trunk, TrunkFacts
+from luthier.models.unpacked import leaves
+
+LOGITS, GRADIENTS, NOISE, CAUSAL = 1e-5, 2e-4, 1e-4, 1e-3
+_LOUD = 50.0
+_PARENTS = (-1, 0, 1, 1, 0, -1, 5, 5, -1)  # a tree, a star, a lone root
+_LENGTHS = (11, 9, 13, 8, 7, 12, 9, 10, 17)
 
 
 def open_trunk(model: nn.Module, *, attention: str = "auto") -> Trunk:
-    """A trunk on `model`: forest, or the unpacked path."""
-    if attention == "unpacked":
-        return Trunk(model, TrunkFacts(path="unpacked", reason="asked for"))
-    return Trunk(model, TrunkFacts())
+    """A trunk whose path was shown to be exact on this model. `attention`: auto, forest or unpacked."""
+    if attention not in ("auto", "forest", "unpacked"):
+        raise ModelError("unknown path", where="model.attention", value=attention, remedy="auto, forest or unpacked")
+    with torch.random.fork_rng(_cuda_devices(model)):
+        torch.manual_seed(0)
+        subject, noise = _first_that_runs(model)
+        with _undisturbed(subject):
+            facts = _decide(model, subject, noise, attention)
+    return Trunk(model, facts)
+
+
+def probe_batch(vocabulary: int, parents: tuple[int, ...] = _PARENTS, lengths: tuple[int, ...] = _LENGTHS) -> Batch:
+    """A forest of random tokens in which every token that has a predecessor is scored."""
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    forest = Forest((0, *ends[:-1]), tuple(ends), parents)
+    tokens_T = torch.randint(3, vocabulary, (forest.tokens,), generator=torch.Generator().manual_seed(7))
+    scored: list[int] = []
+    targets: list[int] = []
+    for segment, parent in enumerate(parents):
+        start, end = forest.start[segment], forest.end[segment]
+        rows = [forest.end[parent] - 1] if parent >= 0 else []
+        rows += range(start, end - 1)
+        scored += rows
+        targets += tokens_T[end - len(rows) : end].tolist()
+    count = len(scored)
+    return Batch(
+        tokens_T=tokens_T,
+        positions_T=forest.positions_T(),
+        forest=forest,
+        scored_N=torch.tensor(scored),
+        targets_N=torch.tensor(targets),
+        weights_N=torch.linspace(0.5, 1.5, count),
+        sequence_N=torch.zeros(count, dtype=torch.int64),
+        group_Q=torch.zeros(1, dtype=torch.int64),
+        samples=(0,),
+        sources=(),
+        segment_sample=(0,) * len(forest),
+    )
+
+
+def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
+    """How logits come from the decoder's hidden rows: verified in numbers, None where no simple form fits."""
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return None
+    try:
+        with torch.no_grad(), native_attention(model):
+            hidden = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
+            gain = _LOUD / head(hidden).abs().max().item()  # a soft cap shows only in large logits
+            plain = head(hidden * gain).float()
+            with _amplified(model.base_model, gain):
+                logits = model(input_ids=tokens_T[None], use_cache=False).logits.float()
+    except Exception:  # a decoder that cannot be called alone: the whole model is
+        return None
+    if plain.shape != logits.shape:
+        return None
+    config = model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)
+    scales = [1.0, 1.0 / divisor if divisor else None]
+    scales += [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    scales.append((plain * logits).sum().item() / plain.square().sum().item())
+    for softcap in (None, getattr(config, "final_logit_softcapping", None)):
+        for scale in scales:
+            candidate = HeadMap(1.0 if scale is None else float(scale), softcap)
+            if _apart(candidate.apply(plain), logits) <= LOGITS:
+                return candidate
+    return None
+
+
+@contextmanager
+def _amplified(decoder: nn.Module, gain: float) -> Iterator[None]:
+    """Within it the decoder's hidden rows are `gain` times as large."""
+
+    def louder(module: nn.Module, args: object, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * gain
+        return output
+
+    handle = decoder.register_forward_hook(louder)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def packing_refusal(config: object) -> str | None:
+    """Settings that make a row depend on where in the pack it lies, though a short probe may not show it."""
+    parts = [config, config.get_text_config()]  # type: ignore[attr-defined]
+    for part in parts:
+        if getattr(part, "attn_temperature_tuning", None):
+            return "attention temperature tuning counts packed rows"
+        rope = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
+        for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+            kind = str(entry.get("rope_type") or entry.get("type") or "")
+            if "dynamic" in kind or kind == "longrope":
+                return f"rotary scaling `{kind}` depends on the longest row of the batch"
+    return None
+
+
+def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) -> TrunkFacts:
+    batch = _batch_for(subject)
+    head_map = find_head_map(subject, batch.tokens_T[:24])
+    evidence: dict[str, float] = {"noise": noise}
+    reason = "asked for"
+    if attention != "unpacked":
+        reason = packing_refusal(model.config) or _differs(subject, "forest", head_map, batch, evidence) or ""
+        if not reason:
+            kernel = choose_kernel(model)
+            return TrunkFacts("forest", "", kernel, head_map, evidence)
+        if attention == "forest":
+            raise ModelError(
+                f"this model cannot run packed forests: {reason}",
+                where="model.attention",
+                value=_family(model),
+                remedy="model.attention: auto takes the unpacked path",
+            )
+    wrong = _differs(subject, "unpacked", head_map, batch, evidence)
+    if wrong:
+        raise ModelError(f"rows run together differ from rows alone: {wrong}", value=_family(model))
+    return TrunkFacts("unpacked", reason, "sdpa", head_map, evidence)
+
+
+def _differs(
+    subject: nn.Module, path: str, head_map: HeadMap | None, batch: Batch, evidence: dict[str, float]
+) -> str | None:
+    """Why `path` is not exact on the subject, or None; the measured differences go into `evidence`."""
+    trunk = Trunk(subject, TrunkFacts(path=path, head_map=head_map))
+    try:
+        with torch.no_grad(), witnessed() as seen:
+            logits_NV = trunk.logits(batch)
+        _, layers = decoder_layers(subject)
+        if path == "forest" and len(set(seen)) < max(1, len(layers)):
+            return f"attention ran in {len(set(seen))} of {len(layers)} layers"
+        gradients = _gradients(subject, (trunk.logprobs(batch) * batch.weights_N.to(logits_NV.device)).sum())
+    except Exception as error:  # any failure of a foreign family is a reason, never a crash of the run
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+    finally:
+        trunk.close()
+    expected_NV, expected = _alone(subject, batch)
+    off = _apart(logits_NV, expected_NV)
+    limit = min(NOISE, max(LOGITS, 4 * evidence["noise"]))
+    evidence[f"{path}_logits"] = off
+    if not off <= limit:
+        return f"logits differ by {off:.1e} (limit {limit:.0e})"
+    off = _gradients_apart(gradients, expected)
+    evidence[f"{path}_gradients"] = off
+    if not off <= GRADIENTS:
+        return f"gradients differ by {off:.1e} (limit {GRADIENTS:.0e})"
+    return None
+
+
+def _alone(subject: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+    """Logits (N, V) and gradients with every root-to-leaf path run as one native row."""
+    device = next(subject.parameters()).device
+    forest = batch.forest
+    found: dict[int, Tensor] = {}
+    with native_attention(subject):
+        for leaf in leaves(forest):
+            rows = [row for s in forest.chain(leaf) for row in range(forest.start[s], forest.end[s])]
+            logits = subject(input_ids=batch.tokens_T[rows][None].to(device), use_cache=False).logits[0]
+            found |= {row: logits[place] for place, row in enumerate(rows) if row not in found}
+        logits_NV = torch.stack([found[row] for row in batch.scored_N.tolist()])
+        logprobs_N = gather_logprobs(logits_NV, batch.targets_N.to(device))
+        gradients = _gradients(subject, (logprobs_N * batch.weights_N.to(device)).sum())
+    return logits_NV.detach(), gradients
+
+
+def _gradients(subject: nn.Module, total: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(total, list(subject.parameters()), allow_unused=True))
+
+
+def _gradients_apart(found: list[Tensor | None], expected: list[Tensor | None]) -> float:
+    largest = max((g.abs().max().item() for g in expected if g is not None), default=0.0)
+    worst = 0.0
+    for mine, theirs in zip(found, expected, strict=True):
+        if mine is None and theirs is None:
+            continue
+        some = mine if mine is not None else theirs
+        assert some is not None
+        theirs = torch.zeros_like(some) if theirs is None else theirs
+        mine = torch.zeros_like(some) if mine is None else mine
+        off = (mine - theirs).abs().max().item() / (theirs.abs().max().item() + 1e-3 * largest + 1e-30)
+        worst = max(worst, off) if off == off else float("inf")
+    return worst
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
+    return off if off == off else float("inf")
+
+
+def _batch_for(subject: nn.Module) -> Batch:
+    vocabulary = subject.get_input_embeddings().weight.shape[0]
+    device = next(subject.parameters()).device
+    text = subject.config.get_text_config()
+    window = max(getattr(text, "sliding_window", None) or 0, getattr(text, "attention_chunk_size", None) or 0)
+    stretch = 4 if window > 16 else 1  # a path must be longer than the window
+    return probe_batch(vocabulary, lengths=tuple(stretch * n for n in _LENGTHS)).to(device)
+
+
+def _first_that_runs(model: nn.Module) -> tuple[nn.Module, float]:
+    """The first subject whose own forward works, and its rounding noise; ModelError if none does."""
+    problem = "no forward pass"
+    for subject in subjects(model):
+        with _undisturbed(subject):
+            try:
+                noise = _noise(subject, _batch_for(subject).tokens_T[:40])
+            except Exception as error:  # a cut that this family does not accept, or a model that cannot run
+                lines = str(error).splitlines() or [""]
+                problem = f"{type(error).__name__}: {lines[0][:200]}"
+                continue
+        if noise > CAUSAL:
+            raise ModelError(
+                f"later tokens change earlier predictions (by {noise:.1e}): not a causal language model",
+                value=_family(model),
+            )
+        return subject, noise
+    raise ModelError(f"the model does not run: {problem}", value=_family(model))
+
+
+@torch.no_grad()
+def _noise(subject: nn.Module, tokens_T: Tensor) -> float:
+    """Difference of a row's logits when other tokens follow: rounding in a causal model, much more otherwise."""
+    with native_attention(subject):
+        whole = subject(input_ids=tokens_T[None], use_cache=False).logits[0]
+        part = subject(input_ids=tokens_T[None, : len(tokens_T) // 2], use_cache=False).logits[0]
+    return _apart(whole[: len(part)], part)
+
+
+def choose_kernel(model: nn.Module) -> str:
+    """`varlen` where the device has it and it agrees with the per-segment path, else `sdpa`."""
+    parameter = next(model.parameters())
+    if varlen_refusal(parameter.device, parameter.dtype) is not None:
+        return "sdpa"
+    forest = probe_batch(32).forest
+    made = torch.Generator(device=parameter.device).manual_seed(3)
+    qkv = [
+        torch.randn(1, heads, forest.tokens, 64, generator=made, device=parameter.device).to(parameter.dtype)
+        for heads in (4, 2, 2)
+    ]
+    try:
+        fast, _ = forest_attention(nn.Identity(), *qkv, ForestMask(forest, kernel="varlen"))
+    except Exception:  # a build without the kernel: the per-segment path runs everywhere
+        return "sdpa"
+    plain, _ = forest_attention(nn.Identity(), *[x.float() for x in qkv], ForestMask(forest))
+    return "varlen" if F.mse_loss(fast.float(), plain).sqrt().item() < 1e-2 else "sdpa"
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and every weight differentiable within it; modes and flags as found after."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _family(model: nn.Module) -> str:
+    return str(getattr(model.config, "model_type", type(model).__name__))

@@ -15,6 +15,7 @@ scored and how the results are weighted is not decided here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
 from luthier.models.unpacked import Path, paths_of
 
 _CHUNK_ROWS = 256
+
+End = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]  # (model inputs, scored rows, targets) -> per scored token
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,53 +73,64 @@ class Trunk:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """logprobs_N float32 of the batch's scored tokens, differentiable."""
+        return self._over(batch, self._logprobs)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """logits_NV at the batch's scored positions, all of them at once: for checks on small batches."""
+        return self._over(batch, self._logits)
+
+    def _over(self, batch: Batch, end: End) -> Tensor:
         if self.path == "forest":
             with forest_context(batch.forest, self.facts.kernel):
-                return self._run(batch.tokens_T[None], batch.positions_T[None], batch.scored_N, batch.targets_N)
+                inputs = {"input_ids": batch.tokens_T[None], "position_ids": batch.positions_T[None]}
+                return end(inputs, batch.scored_N, batch.targets_N)
         with native_attention(self.model):
-            return self._unpacked(batch)
+            return self._unpacked(batch, end)
 
-    def _unpacked(self, batch: Batch) -> Tensor:
+    def _unpacked(self, batch: Batch, end: End) -> Tensor:
         """Root-to-leaf rows of equal length run together; every scored token is read from one of them."""
         found, order = [], []
         for paths in paths_of(batch):
-            found.append(self._run_rows(batch, paths))
+            found.append(self._rows(batch, paths, end))
             order += [index for path in paths for index in path.scored]
-        logprobs = torch.cat(found)
+        whole = torch.cat(found)
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-        return logprobs.index_select(0, back.to(logprobs.device))
+        return whole.index_select(0, back.to(whole.device))
 
-    def _run_rows(self, batch: Batch, paths: list[Path]) -> Tensor:
+    def _rows(self, batch: Batch, paths: list[Path], end: End) -> Tensor:
         device = batch.tokens_T.device
         rows_BT = torch.tensor([path.rows for path in paths], device=device)
         length = rows_BT.shape[1]
         flat = [b * length + offset for b, path in enumerate(paths) for offset in path.offsets]
         scored = torch.tensor(flat, dtype=torch.int64, device=device)
         wanted = torch.tensor([i for path in paths for i in path.scored], dtype=torch.int64, device=device)
-        return self._run(batch.tokens_T[rows_BT], None, scored, batch.targets_N[wanted])
+        return end({"input_ids": batch.tokens_T[rows_BT]}, scored, batch.targets_N[wanted])
 
-    def _run(self, tokens: Tensor, positions: Tensor | None, scored_N: Tensor, targets_N: Tensor) -> Tensor:
-        inputs = {"input_ids": tokens, "use_cache": False}
-        if positions is not None:
-            inputs["position_ids"] = positions
+    def _logprobs(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
         head_map = self.facts.head_map
         if head_map is None:
-            return self._whole(inputs, scored_N, targets_N)
-        hidden = self.model.base_model(**inputs)[0].flatten(0, 1).index_select(0, scored_N)
-        head = self.model.get_output_embeddings()
+            return gather_logprobs(self._whole(inputs, scored_N), targets_N)
+        hidden, head = self._hidden(inputs, scored_N), self.model.get_output_embeddings()
         if _plain_linear(head):
             bias = getattr(head, "bias", None)
             return token_logprobs(hidden, head.weight, targets_N, bias_V=bias, head_map=head_map)
         return _chunked(head, hidden, targets_N, head_map)
 
-    def _whole(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
-        one_row = inputs["input_ids"].shape[0] == 1
-        if self._picks_rows and one_row:
-            logits = self.model(**inputs, logits_to_keep=scored_N).logits.flatten(0, 1)
-        else:
-            logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, scored_N)
-        return gather_logprobs(logits, targets_N)
+    def _logits(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
+        head_map = self.facts.head_map
+        if head_map is None:
+            return self._whole(inputs, scored_N)
+        return head_map.apply(self.model.get_output_embeddings()(self._hidden(inputs, scored_N)))
+
+    def _hidden(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
+        hidden_BTD = self.model.base_model(**inputs, use_cache=False)[0]
+        return hidden_BTD.flatten(0, 1).index_select(0, scored_N)
+
+    def _whole(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
+        if self._picks_rows and inputs["input_ids"].shape[0] == 1:
+            return self.model(**inputs, use_cache=False, logits_to_keep=scored_N).logits.flatten(0, 1)
+        return self.model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, scored_N)
 
 
 def _plain_linear(head: nn.Module) -> bool:

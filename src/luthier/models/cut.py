@@ -1,0 +1,114 @@
+"""A few-layer stand-in of a large model for the load-time checks: same class, same layer types, random weights.
+
+The checks ask how a family computes, not what its weights are, so a large checkpoint is represented by the first
+layers that cover every kind of layer it has, in float32, with a small vocabulary, narrow feed-forward parts, few
+experts and a short window (so that a window is really crossed within the probe's few tokens). Width of the model,
+heads and rotary settings stay. Where a family does not accept the small numbers, only the layers are cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+SMALL_MODEL_PARAMETERS = 20_000_000
+WINDOW = 8
+VOCABULARY = 256
+
+_NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+_NARROW |= {"n_inner": 256, "ffn_dim": 256, "ffn_hidden_size": 256, "vocab_size_per_layer_input": VOCABULARY}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+
+
+def subjects(model: nn.Module) -> Iterator[nn.Module]:
+    """What to probe, best first: a small model itself, else cuts of it, the model itself last."""
+    size = sum(p.numel() for p in model.parameters())
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if size <= SMALL_MODEL_PARAMETERS and dtypes == {torch.float32} and _short_window(model.config):
+        yield model
+        return
+    for shrink in (True, False):
+        made = _build(model, shrink)
+        if made is not None:
+            yield made
+    yield model
+
+
+def _short_window(config: Any) -> bool:
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) for name in _WINDOWS]
+    return all(window is None or window <= 64 for window in windows)
+
+
+def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
+    try:
+        config = copy.deepcopy(model.config)
+        config._attn_implementation_internal = getattr(
+            model, "luthier_native_attention", model.config._attn_implementation_internal
+        )
+        text = config.get_text_config()
+        _keep_layers(text, layers_needed(text))
+        if shrink:
+            _narrow(text)
+            if text is not config:
+                _narrow(config)
+        with torch.device("cpu"):
+            made = type(model)(config)
+    except Exception:  # a family that does not accept these numbers; the next candidate is tried
+        return None
+    return made.float()
+
+
+def layers_needed(config: Any) -> int:
+    """The shortest prefix of the layers that shows every kind of layer, at least two."""
+    depth = _depth(config)
+    needed = min(2, depth)
+    for value in vars(config).values():
+        if isinstance(value, (list, tuple)) and len(value) == depth and all(isinstance(v, (str, int)) for v in value):
+            needed = max(needed, max(list(value).index(kind) for kind in set(value)) + 1)
+    dense_first = getattr(config, "first_k_dense_replace", None)
+    if isinstance(dense_first, int):
+        needed = max(needed, dense_first + 1)
+    period = getattr(config, "attn_layer_period", None) or getattr(config, "full_attention_interval", None)
+    if isinstance(period, int):
+        needed = max(needed, period)
+    return min(depth, needed)
+
+
+def _depth(config: Any) -> int:
+    return next((getattr(config, n) for n in _DEPTHS if isinstance(getattr(config, n, None), int)), 2)
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    depth = _depth(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(config, name, type(value)(value[:layers]))
+    for name in _DEPTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, layers)
+
+
+def _narrow(config: Any) -> None:
+    if isinstance(getattr(config, "vocab_size", None), int):
+        config.vocab_size = min(config.vocab_size, VOCABULARY)
+        for place, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, place)
+    for name, most in _NARROW.items():
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(getattr(config, name), most))
+    for name in _EXPERTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(getattr(config, name), 8))
+    if getattr(config, "n_group", None):
+        config.n_group = config.topk_group = 1
+    for name in _WINDOWS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(getattr(config, name), WINDOW))
