@@ -1,0 +1,1 @@
+"""One file, one parallel strategy behind contracts/strategy.py."""

@@ -1,0 +1,86 @@
+"""One process, one device. The smallest strategy, and the meaning that the others must reproduce.
+
+Each microbatch's total is divided by the weight of the whole step before its backward, so gradients are those
+of one large batch whatever the split. Totals stay on the device until the last microbatch is done: one
+synchronisation per step. Left out: anything with a second rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.strategy import LossOf
+from luthier.engine.precision import Precision, settle
+
+
+class Single:
+    """`place` the model, `bind` the optimizer made from what then trains, and step."""
+
+    def __init__(self, device: torch.device, precision: Precision) -> None:
+        self.device, self.precision = device, precision
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return settle(model.to(self.device), self.precision)
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def all_reduce(self, value: float) -> float:
+        return value
+
+    def forward_backward(
+        self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
+    ) -> tuple[float, dict[str, tuple[float, float]]]:
+        totals: list[Tensor] = []
+        metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for batch in microbatches:
+            with self.precision.autocast(self.device):
+                found = loss(batch.to(self.device))
+            scaled = found.total / divisor
+            if scaled.requires_grad:
+                scaled.backward()
+            totals.append(found.total.detach())
+            for name, pair in found.metrics.items():
+                metrics[name].append(pair)
+        total = math.fsum(torch.stack(totals).double().tolist()) / divisor
+        sums = {name: (math.fsum(a for a, _ in pairs), math.fsum(b for _, b in pairs)) for name, pairs in metrics.items()}
+        return total, sums
+
+    def backward(self, penalty: Tensor | float) -> float:
+        if isinstance(penalty, Tensor):
+            if penalty.requires_grad:
+                penalty.backward()
+            return float(penalty.detach())
+        return float(penalty)
+
+    def clip(self, max_norm: float) -> float:
+        """The norm before clipping; a `max_norm` of 0 only measures."""
+        moved = [p for group in self._groups() for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
+        if max_norm and torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(moved, max_norm, norm)
+        return float(norm)
+
+    def step(self) -> None:
+        if self.optimizer is None:
+            raise RuntimeError("bind an optimizer before the first step")
+        self.optimizer.step()
+
+    def zero(self) -> None:
+        for group in self._groups():
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def state(self) -> dict[str, Any]:
+        return {"strategy": "single", "world": 1, "device": self.device.type, "precision": self.precision.name}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
