@@ -110,7 +110,9 @@ def found(directory: Path) -> list[Path]:
     """The checkpoints of a run by step, newest first; order by number, never by clock."""
     if not directory.is_dir():
         return []
-    numbered = [(int(m[1]), path) for path in directory.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
+    numbered = [
+        (int(m[1]), path) for path in directory.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 

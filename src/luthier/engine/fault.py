@@ -1,8 +1,8 @@
 """Named points where a test may make the machine fail. Inert unless the environment says LUTHIER_FAULT.
 
-    LUTHIER_FAULT=checkpoint.after_manifest        die there (SIGKILL), the first time
-    LUTHIER_FAULT=checkpoint.write:3:ENOSPC        raise OSError(ENOSPC) the third time
-    LUTHIER_FAULT=checkpoint.write:3+:ENOSPC       the third time and ever after
+LUTHIER_FAULT=checkpoint.after_manifest        die there (SIGKILL), the first time
+LUTHIER_FAULT=checkpoint.write:3:ENOSPC        raise OSError(ENOSPC) the third time
+LUTHIER_FAULT=checkpoint.write:3+:ENOSPC       the third time and ever after
 """
 
 from __future__ import annotations

@@ -64,9 +64,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
     return tensors, groups
 
 
-def load_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
+def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """Inverse of `state_tensors`: every tensor finds its parameter by name, or CheckpointError."""
     here = [list(group["names"]) for group in optimizer.param_groups]
     if (there := [list(group["names"]) for group in groups]) != here:
@@ -86,7 +84,9 @@ def load_state(
 
 def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
     if value.ndim and value.shape != parameter.shape:
-        raise CheckpointError(f"optimizer state of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+        raise CheckpointError(
+            f"optimizer state of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+        )
     return value.to(parameter.device, copy=True)
 
 

@@ -47,7 +47,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError("unknown device", where="engine.device", value=name, remedy="use auto, cpu or cuda") from error
+        raise RecipeError(
+            "unknown device", where="engine.device", value=name, remedy="use auto, cpu or cuda"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("no GPU is visible to torch", where="engine.device", value=name, remedy="use auto or cpu")
     return device

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.contracts.errors import CheckpointError, UsageError
+from luthier.contracts.errors import CheckpointError, UsageError, raise_all
 from luthier.engine.checkpoint import Content, found, load, set_aside, step_of, sweep
 
 _RUN_FILES = ("journal.jsonl", "latest", "adapter", "model", "report.json", "loss.png", "gate.json", "README.md",
@@ -83,11 +83,9 @@ def find(directory: Path, resume: str | None) -> Start:
             bad = set_aside(path, "bad")
             start.notes.append(f"{path.name} cannot be used: {error.line()}; kept as {bad.name}, trying the one before")
     if candidates or list(directory.glob("checkpoint-*.bad*")):
-        reasons = [note for note in start.notes if "cannot be used" in note]
-        raise CheckpointError(
-            "no checkpoint of this run can be used", where=str(directory), value=" | ".join(reasons) or "only .bad ones",
-            remedy=_FRESH,
-        )  # fmt: skip
+        reasons = [CheckpointError(note) for note in start.notes if "cannot be used" in note]
+        last = CheckpointError("no checkpoint of this run can be used", where=str(directory), remedy=_FRESH)
+        raise_all([*reasons, last])
     return start
 
 
@@ -99,13 +97,17 @@ def agree(start: Start, identity: Mapping[str, Any], benign: Mapping[str, Any], 
     differ = _differences(there, identity)
     allowed = {key for key in differ if branch and key.startswith(_BRANCH_FIELDS)}
     refused = {key: pair for key, pair in differ.items() if key not in allowed}
-    if refused:
-        raise CheckpointError(
-            f"the checkpoint belongs to another run: {len(refused)} identity field(s) differ", where=str(start.path),
-            value=_listed(refused), remedy=f"restore them, or {_FRESH}",
-        )  # fmt: skip
+    raise_all(
+        [
+            CheckpointError(
+                f"the checkpoint belongs to another run: {key} differs", where=str(start.path),
+                value=_pair(pair), remedy=f"restore it, or {_FRESH}",
+            )
+            for key, pair in refused.items()
+        ]
+    )  # fmt: skip
     changed = {key: differ[key] for key in allowed} | _differences(start.content.benign, benign)
-    return [f"changed since the checkpoint: {_listed(changed)}"] if changed else []
+    return [f"{key} changed since the checkpoint: {_pair(pair)}" for key, pair in changed.items()]
 
 
 def _take_path(directory: Path, path: Path, start: Start) -> Start:
@@ -142,8 +144,6 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
-    def text(value: Any) -> str:
-        return "absent" if value is _MISSING else repr(value)
-
-    return "; ".join(f"{key}: {text(a)} -> {text(b)}" for key, (a, b) in differ.items())
+def _pair(pair: tuple[Any, Any]) -> str:
+    old, new = ("absent" if value is _MISSING else repr(value) for value in pair)
+    return f"{old} in the checkpoint, {new} now"

@@ -50,7 +50,10 @@ class SFT(Objective):
     def __post_init__(self) -> None:
         if self.normalize not in ("tokens", "sequences"):
             raise RecipeError(
-                "unknown normaliser", where="objective.normalize", value=self.normalize, remedy="use tokens or sequences"
+                "unknown normaliser",
+                where="objective.normalize",
+                value=self.normalize,
+                remedy="use tokens or sequences",
             )
 
     def weight(self, batch: Batch) -> float:

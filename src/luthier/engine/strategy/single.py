@@ -51,7 +51,9 @@ class Single:
             for name, pair in found.metrics.items():
                 metrics[name].append(pair)
         total = math.fsum(torch.stack(totals).double().tolist()) / divisor
-        sums = {name: (math.fsum(a for a, _ in pairs), math.fsum(b for _, b in pairs)) for name, pairs in metrics.items()}
+        sums = {
+            name: (math.fsum(a for a, _ in pairs), math.fsum(b for _, b in pairs)) for name, pairs in metrics.items()
+        }
         return total, sums
 
     def backward(self, penalty: Tensor | float) -> float:

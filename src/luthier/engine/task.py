@@ -1,0 +1,66 @@
+"""What the hall hands to the engine, and what it gets back.
+
+`Run`: the method is attached, the trunk open, rows prepared, and `resume.enter` has let the run into its
+directory. The engine sees contracts only: any method, objective, trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.method import Method
+from luthier.contracts.objective import Objective
+from luthier.data.stream import Stream
+from luthier.engine.guard import Guard
+from luthier.engine.precision import Precision
+
+if TYPE_CHECKING:
+    from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
+
+
+class LogProbs(Protocol):
+    """What the engine needs of a trunk."""
+
+    model: nn.Module
+
+    def logprobs(self, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Which weights the model holds when the run is over."""
+
+    step: int  # of the weights
+    steps: int  # done in all
+    is_best: bool
+    eval_loss: float | None  # of the weights, where known
+    checkpoint: str | None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that training needs. `identity` and `benign` are flat `path: value` dictionaries."""
+
+    directory: Path
+    method: Method
+    objective: Objective
+    trunk: LogProbs
+    stream: Stream
+    device: torch.device
+    precision: Precision
+    train: TrainSection
+    engine: EngineSection
+    evaluate: EvaluateSection
+    evaluation: Sequence[Batch] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    benign: Mapping[str, Any] = field(default_factory=dict)
+    resume: str | None = None  # None | auto | strict | a checkpoint's path
+    guard: Guard = field(default_factory=Guard)
+    outcome: Outcome | None = None  # filled at the end

@@ -1,0 +1,228 @@
+"""The state of working on a run: what the loop asks for, one short method each.
+
+Builds strategy and optimizer, takes up a checkpoint, and knows when to evaluate, save, halve or roll back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
+from luthier.contracts.event import Event, Noted, Resumed, RunStarted
+from luthier.data.stream import Stream
+from luthier.engine import checkpoint, saving
+from luthier.engine.held_out import evaluate
+from luthier.engine.journal import Journal
+from luthier.engine.memory import is_out_of_memory
+from luthier.engine.optimizer import build_optimizer
+from luthier.engine.resume import agree, find
+from luthier.engine.schedule import ScheduleSpec
+from luthier.engine.signals import Signals
+from luthier.engine.state import TrainState, load_trained
+from luthier.engine.strategy.single import Single
+from luthier.engine.task import Outcome, Run
+
+_SAVES_PER_RUN = 10
+_ROWS = "lower train.learning_rate, or look at the rows named by the journal's skip events"
+
+
+class Work:
+    """The hands of the loop."""
+
+    def __init__(self, run: Run, journal: Journal, signals: Signals) -> None:
+        self.run, self.journal, self.signals, self.guard = run, journal, signals, run.guard
+        self.steps = run.train.max_steps or run.stream.total_steps(run.train.epochs)
+        self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
+        self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
+        self.stream = run.stream
+        self.strategy = Single(run.device, run.precision)
+        self.model = self.strategy.place(run.trunk.model)
+        self.base_rate = run.train.learning_rate or run.method.default_learning_rate
+        self.optimizer = build_optimizer(run.method, self.model, run.train, self.base_rate)
+        self.strategy.bind(self.optimizer)
+        self.schedule = ScheduleSpec(
+            name=run.train.schedule, steps=self.steps, warmup_ratio=run.train.warmup_ratio,
+            min_lr_ratio=run.train.min_lr_ratio, decay_ratio=run.train.decay_ratio,
+        )  # fmt: skip
+        self.saved = 0  # the step of the last save, or of the last try
+        self.save_failures = 0  # in a row
+        self.better = False  # the last evaluation was the best, and is not saved yet
+
+    # ---------------------------------------------------------------- beginning
+
+    def begin(self) -> Iterator[Event]:
+        """Take up the checkpoint, if there is one, and say where the run stands."""
+        run = self.run
+        start = find(run.directory, run.resume)
+        notes = start.notes + agree(start, self.identity(), run.benign, branch=self._is_branch())
+        if start.content is not None:
+            saving.take_up(self, start.content)
+        else:
+            saving.check_disk(self)
+        self.journal.cut(self.state.step if start.content is not None else -1)
+        notes += self._settle_threads(resumed=start.content is not None)
+        for note in notes:
+            yield Noted("warning", note)
+        self.model.train()
+        yield self._started()
+        if start.path is not None:
+            yield Resumed(self.state.step, start.path.name, time.time())
+        if self.state.step >= self.steps:
+            yield Noted("info", f"already complete: step {self.state.step} of {self.steps}")
+
+    def identity(self) -> dict[str, Any]:
+        """The caller's identity fields, and what the stream and the arithmetic depend on."""
+        stream = self.run.stream.spec
+        return {
+            **self.run.identity, "steps": self.steps, "stream.seed": stream.seed, "stream.window": stream.window,
+            "stream.tokens_per_step": stream.tokens_per_step, "stream.rows_per_step": stream.rows_per_step,
+            "stream.rows": len(self.run.stream.samples), "engine.precision": self.run.precision.name,
+        }  # fmt: skip
+
+    def _started(self) -> RunStarted:
+        stream, parameters = self.run.stream, list(self.model.parameters())
+        return RunStarted(
+            steps=self.steps, epochs=stream.epoch_at(self.steps),
+            trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            parameters=sum(p.numel() for p in parameters), rows=len(stream.samples),
+            tokens_per_epoch=stream.tokens_per_epoch, step=self.state.step,
+        )  # fmt: skip
+
+    def _settle_threads(self, *, resumed: bool) -> list[str]:
+        """Sums depend on the thread count, so a resumed run takes the checkpoint's unless told otherwise."""
+        asked, before, notes = self.run.engine.threads, self.state.threads, []
+        if asked != "auto":
+            torch.set_num_threads(int(asked))
+            if resumed and asked != before:
+                notes.append(f"threads {before} -> {asked}: the last bits of sums may differ from an unbroken run")
+        elif resumed:
+            torch.set_num_threads(before)
+        self.state.threads = torch.get_num_threads()
+        return notes
+
+    def _is_branch(self) -> bool:
+        return self.run.resume not in (None, "auto", "strict")
+
+    # ---------------------------------------------------------------- batches
+
+    def microbatches(self, number: int) -> list[Batch]:
+        """Of step `number`, counted from 1."""
+        return self.stream.step(number - 1 + self.state.passed_over)
+
+    def epoch(self) -> float:
+        """Passes over the rows when the steps so far are done."""
+        return self.run.stream.epoch_at(self.state.step + self.state.passed_over)
+
+    def smaller_microbatches(self, error: Exception, microbatches: Sequence[Batch]) -> str:
+        """Halve what is computed at once under the same rows per step; re-raises what is not a lack of memory."""
+        if not is_out_of_memory(error):
+            raise error
+        self.strategy.zero()
+        largest = max(microbatches, key=lambda batch: batch.tokens)
+        divisible = [batch.tokens for batch in microbatches if len(batch.samples) > 1]
+        if not divisible:
+            raise ResourceError(
+                "out of memory with a single row in a microbatch", where=str(largest.sources[0]),
+                value=f"{largest.tokens} tokens", remedy="lower data.max_tokens, or use a smaller model",
+            ) from error  # fmt: skip
+        fewer = max(1, max(divisible) // 2)
+        self.use_microbatches(fewer)
+        return f"out of memory at {largest.tokens} tokens: microbatches of {fewer} tokens from here on, same steps"
+
+    def use_microbatches(self, tokens: int | None) -> None:
+        self.state.microbatch_tokens = tokens
+        if tokens != self.stream.spec.microbatch_tokens:
+            self.stream = Stream(self.stream.samples, replace(self.stream.spec, microbatch_tokens=tokens))
+
+    # ---------------------------------------------------------------- evaluation and saving
+
+    def evaluation_due(self) -> bool:
+        step = self.state.step
+        if not self.run.evaluation or step in (0, self.state.evaluated):
+            return False
+        return step % (self.run.evaluate.every or self.save_every) == 0 or step >= self.steps
+
+    def evaluate(self) -> Iterator[Event]:
+        state = self.state
+        found = evaluate(self.run, state.step, self.signals.poll)
+        finite = math.isfinite(found.eval_loss)
+        state.evaluated, state.eval_loss = state.step, found.eval_loss if finite else None
+        self.better = finite and (state.best_loss is None or found.eval_loss < state.best_loss)
+        if self.better:
+            state.best_loss, state.best_step = found.eval_loss, state.step
+        yield found
+
+    def keeps_best(self) -> bool:
+        return bool(self.run.evaluation) and self.run.evaluate.keep_best is not None
+
+    def best_step(self) -> int | None:
+        """The step whose checkpoint rotation must spare."""
+        return self.state.best_step if self.keeps_best() else None
+
+    def save_due(self) -> bool:
+        step = self.state.step
+        if step in (0, self.saved):
+            return False
+        return step % self.save_every == 0 or step >= self.steps or (self.better and self.keeps_best())
+
+    def save(self) -> Iterator[Event]:
+        return saving.save(self)
+
+    def save_and_stop(self) -> Iterator[Event]:
+        """After a signal: the last whole step, once."""
+        self.strategy.zero()
+        if self.state.step not in (0, self.saved):
+            yield from saving.save(self, must=True)
+
+    # ---------------------------------------------------------------- trouble
+
+    def after_skip(self) -> Iterator[Event]:
+        """Too many skipped steps: once back to the last checkpoint and past the data since; then give up."""
+        state, guard = self.state, self.guard
+        state.skips = [step for step in state.skips if step > state.step - guard.window] + [state.step]
+        if not guard.exhausted(state.skips, state.step):
+            return
+        if state.rollbacks >= guard.most_rollbacks:
+            what = f"{len(state.skips)} steps of the last {guard.window} were not finite"
+            raise NumericError(what, where=f"step {state.step}", value=state.skips, remedy=_ROWS)
+        start = find(self.run.directory, "auto")
+        if start.content is None:
+            what = "steps are not finite and there is no checkpoint to go back to"
+            raise NumericError(what, where=f"step {state.step}", value=state.skips, remedy=_ROWS)
+        saving.take_up(self, start.content)
+        back = self.state.step
+        self.state.rollbacks = state.rollbacks + 1
+        self.state.passed_over = state.passed_over + state.step - back
+        self.state.skips = []
+        self.journal.cut(back)
+        for note in start.notes:
+            yield Noted("warning", note)
+        passed = f"going on past the data of steps {back + 1}-{state.step}"
+        yield Noted("warning", f"steps {state.skips} were not finite: back to step {back}, {passed}")
+
+    # ---------------------------------------------------------------- end
+
+    def finish(self) -> Iterator[Event]:
+        """Leave the best weights in the model where there is a best, else the last."""
+        state, best = self.state, self.best_step()
+        name = f"checkpoint-{self.saved}" if self.saved else None
+        eval_loss = state.eval_loss if state.evaluated == state.step else None
+        if best is not None and best != state.step:
+            path = self.run.directory / f"checkpoint-{best}"
+            try:
+                load_trained(self.model, checkpoint.load(path).weights)
+                name, eval_loss = path.name, state.best_loss
+                yield Noted("info", f"the best weights are those of step {best}: eval_loss {state.best_loss:.4f}")
+            except CheckpointError as error:
+                best = None
+                yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
+        self.model.eval()
+        step = best if best is not None else state.step
+        self.run.outcome = Outcome(step, state.step, best is not None, eval_loss, name)

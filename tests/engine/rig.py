@@ -1,0 +1,214 @@
+"""The test rig: a tiny Llama, a few dozen made-up rows, the real loop. Also a server that forks one run per request.
+
+As a program it imports torch once, then reads requests from stdin, one JSON line each: {"directory": ...,
+"options": {...}, "environment": {...}}; it forks, answers {"pid": ...}, waits, answers {"code": ...}
+(negative: the signal that killed it). The server itself never computes anything, so forking is safe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from tiny import tiny
+
+from luthier.contracts.errors import LuthierError
+from luthier.contracts.event import Event
+from luthier.contracts.method import Method
+from luthier.contracts.record import Piece, Sample, Source
+from luthier.data.stream import Stream, StreamSpec
+from luthier.engine.guard import Guard
+from luthier.engine.loop import train
+from luthier.engine.precision import resolve_precision
+from luthier.engine.resume import enter
+from luthier.engine.task import Run
+from luthier.models.probe import open_trunk
+from luthier.objectives.sft import SFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """Stand-in of the recipe's three sections."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float | None = 1e-2
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.0
+    decay_ratio: float = 0.1
+    weight_decay: float = 0.01
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    save_every: int | None = None
+    keep: int = 3
+    seed: int = 42
+    threads: Any = 1
+    every: int | None = None
+    keep_best: str | None = "eval_loss"
+
+
+class Everything(Method):
+    trains_base = True
+    default_learning_rate = 1e-3
+
+
+def samples(count: int = 48, seed: int = 0, first_id: int = 0) -> list[Sample]:
+    """Rows that can be learnt: the answer repeats the prompt's tokens."""
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        prompt = [257] + [rng.randrange(32, 64) for _ in range(rng.randrange(3, 12))]
+        answer = [*prompt[1:], 260]
+        weights = [0.0] * len(prompt) + [1.0] * len(answer)
+        piece = Piece(prompt + answer, weights)
+        made.append(Sample((piece,), Source("rig.jsonl", index + 1), id=first_id + index))
+    return made
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What a test changes of the rig."""
+
+    steps: int = 12
+    every: int | None = 4
+    save_every: int | None = 3
+    keep: int = 2
+    resume: str | None = None
+    fresh: bool = False
+    rows_per_step: int | None = None
+    tokens_per_step: int = 160
+    microbatch_tokens: int | None = 80
+    evaluation: int = 6
+    learning_rate: float = 1e-2
+    precision: str = "fp32"
+    identity: dict[str, Any] = field(default_factory=dict)
+    benign: dict[str, Any] = field(default_factory=dict)
+    threads: Any = 1
+    seed: int = 42
+    keep_best: str | None = "eval_loss"
+    guard: Guard = field(default_factory=Guard)
+
+
+def build(directory: Path, **changes: Any) -> Run:
+    """A run, ready to train."""
+    o = Options(**changes)
+    model = tiny("llama")
+    model.requires_grad_(True)
+    spec = StreamSpec(
+        seed=o.seed, tokens_per_step=o.tokens_per_step, rows_per_step=o.rows_per_step, window=16,
+        microbatch_tokens=o.microbatch_tokens,
+    )  # fmt: skip
+    held_out = samples(o.evaluation, seed=9, first_id=1000) if o.evaluation else []
+    sections = Sections(
+        max_steps=o.steps, save_every=o.save_every, keep=o.keep, every=o.every, learning_rate=o.learning_rate,
+        threads=o.threads, seed=o.seed, keep_best=o.keep_best,
+    )  # fmt: skip
+    device = torch.device("cpu")
+    enter(directory, resume=o.resume, fresh=o.fresh)
+    return Run(
+        directory=directory, method=Everything(), objective=SFT(), trunk=open_trunk(model),
+        stream=Stream(samples(), spec), device=device, precision=resolve_precision(o.precision, device),
+        train=sections, engine=sections, evaluate=sections,
+        evaluation=list(Stream(held_out, spec).batches()) if held_out else [],
+        identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,
+    )  # fmt: skip
+
+
+def run_through(directory: Path, **changes: Any) -> list[Event]:
+    return list(train(build(directory, **changes)))
+
+
+def final_digests(directory: Path, step: int = 12) -> dict[str, str]:
+    """sha256 of the last checkpoint's weights and optimizer state."""
+    manifest = json.loads((directory / f"checkpoint-{step}" / "manifest.json").read_text())
+    files = {entry["name"]: entry["sha256"] for entry in manifest["files"]}
+    return {name: files[name] for name in ("weights.safetensors", "optimizer.safetensors", "rng.safetensors")}
+
+
+class Server:
+    """`with Server() as server: code = server.run(directory, resume="auto")`."""
+
+    def __enter__(self) -> Server:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def start(self, directory: Path, environment: dict[str, str] | None = None, **options: Any) -> int:
+        """The process id of the run."""
+        request = {"directory": str(directory), "options": options, "environment": environment or {}}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._answer()["pid"])
+
+    def wait(self) -> int:
+        return int(self._answer()["code"])
+
+    def run(self, directory: Path, environment: dict[str, str] | None = None, **options: Any) -> int:
+        self.start(directory, environment, **options)
+        return self.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return dict(json.loads(self._process.stdout.readline()))
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    while line := sys.stdin.readline():
+        yield json.loads(line)
+
+
+def _child(request: dict[str, Any]) -> int:
+    os.environ.update(request["environment"])
+    directory = Path(request["directory"])
+    directory.mkdir(parents=True, exist_ok=True)
+    log = os.open(directory / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    try:
+        for _ in train(build(directory, **request["options"])):
+            pass
+    except LuthierError as error:
+        print(error.line(), flush=True)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _serve() -> None:
+    for request in _requests():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_child(request))
+        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
