@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from luthier.data.order import PlanSpec, keys, order, plan_epoch
 
-
 ORDER_42_0 = [9, 0, 1, 7, 4, 3, 6, 2, 5, 8]
 
 

@@ -1,0 +1,170 @@
+"""Bytes of a data file, plain or compressed, and its physical lines. The only place that opens data files.
+
+Lines end at `\\n` only (U+2028 and U+0085 are text), are counted from 1 with blank ones, and are capped: a longer line
+is skipped to its end without being held in memory and handed on as None. A gzip or Zstandard stream that stops early
+is an error that says so; a plain reader would take it for the end of the data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from luthier.contracts.errors import DataError
+
+MAX_LINE_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 2 * 2**30  # of a format that has to be read whole (a JSON array)
+_CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One physical line without its end; `data` is None when it is longer than the cap."""
+
+    number: int
+    start: int  # byte offset in the uncompressed file
+    data: bytes | None
+    ended: bool  # a line feed followed
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The uncompressed bytes of a file."""
+    lower = path.lower()
+    try:
+        if lower.endswith(".gz"):
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        if lower.endswith((".zst", ".zstd")):
+            return cast(BinaryIO, io.BufferedReader(_Zstandard(path), _CHUNK))
+        return open(path, "rb")
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def lines(path: str, cap: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """Physical lines; a UTF-8 byte order mark before the first is taken off."""
+    with open_bytes(path) as stream:
+        number, offset = 0, 0
+        while True:
+            data = _read(path, offset, lambda: stream.readline(cap + 2))
+            if not data:
+                return
+            number, start, size = number + 1, offset, len(data)
+            _refuse_utf16(path, data if number == 1 else b"")
+            whole: bytes | None = data
+            while not data.endswith(b"\n") and len(data) == cap + 2:
+                whole = None
+                data = _read(path, offset + size, lambda: stream.readline(cap + 2))
+                size += len(data)
+            offset += size
+            if whole is not None:
+                whole = whole.removesuffix(b"\n").removesuffix(b"\r")
+                if number == 1:
+                    whole = whole.removeprefix(BOM)
+                whole = None if len(whole) > cap else whole
+            yield Line(number, start, whole, data.endswith(b"\n"))
+
+
+def read_all(path: str) -> bytes:
+    """The whole file, without its byte order mark; refused over the cap."""
+    with open_bytes(path) as stream:
+        data = _read(path, 0, lambda: stream.read(MAX_FILE_BYTES + 1))
+    if len(data) > MAX_FILE_BYTES:
+        raise DataError(
+            f"a JSON array is read whole and may not exceed {MAX_FILE_BYTES} bytes",
+            where=path,
+            remedy="write it as JSON Lines, one object per line (.jsonl)",
+        )
+    _refuse_utf16(path, data)
+    return data.removeprefix(BOM)
+
+
+def unreadable(path: str, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return DataError(f"cannot read the file: {reason}", where=path, remedy="check the path and its permissions")
+
+
+def ends_early(path: str, offset: int) -> DataError:
+    """The error of a file that was cut."""
+    return DataError(
+        f"the file ends early, after byte {offset} of its content",
+        where=path,
+        remedy="it was cut while being copied: download it again",
+    )
+
+
+def _read(path: str, offset: int, read: Any) -> bytes:
+    try:
+        return cast(bytes, read())
+    except EOFError as error:
+        raise ends_early(path, offset) from error
+    except (OSError, zlib.error) as error:
+        if isinstance(error, gzip.BadGzipFile | zlib.error):
+            raise DataError(
+                f"the compressed file is damaged after byte {offset} of its content ({error})",
+                where=path,
+                remedy="download it again, or take off the ending .gz if it is not compressed",
+            ) from error
+        raise unreadable(path, error) from error
+
+
+def _refuse_utf16(path: str, head: bytes) -> None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:4:2] == b"\0\0":
+        raise DataError(
+            "the file is UTF-16 (or UTF-32), not UTF-8",
+            where=f"{path}:1",
+            remedy="convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        )
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames one after another; a last frame without its end is an error, not the end of the data."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import zstandard
+        except ModuleNotFoundError as error:
+            raise DataError("reading .zst needs a package", where=path, remedy="pip install zstandard") from error
+        self._path, self._file = path, open(path, "rb")  # noqa: SIM115
+        self._fresh, self._fault = zstandard.ZstdDecompressor, zstandard.ZstdError
+        self._frame: Any = None
+        self._ready, self._compressed, self._given = b"", b"", 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._compressed:
+                self._compressed = self._file.read(_CHUNK)
+                if not self._compressed:
+                    if self._frame is not None:
+                        raise ends_early(self._path, self._given)
+                    return 0
+            self._feed()
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        self._given += count
+        return count
+
+    def _feed(self) -> None:
+        if self._frame is None:
+            self._frame = self._fresh().decompressobj()
+        try:
+            self._ready = self._frame.decompress(self._compressed)
+        except self._fault as error:
+            raise DataError(
+                f"the compressed file is damaged after byte {self._given} of its content",
+                where=self._path,
+                remedy="download it again, or take off the ending .zst if it is not compressed",
+            ) from error
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
+        self._frame = None if self._frame.eof else self._frame
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
