@@ -71,6 +71,7 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -108,6 +109,7 @@ class Ledger:
         return {
             **{name: self.total(name) for name in names},
             "reasons": self.reasons,
+            "evaluation_rows_also_in_training": self.leaked,
             "files": [
                 {
                     "file": account.file,
@@ -128,6 +130,8 @@ class Ledger:
         ]
         if self.total("evaluation"):
             lines.append(f"{self.total('evaluation')} of the kept rows are held out for evaluation")
+        if self.leaked:
+            lines.append(f"warning: {self.leaked} evaluation rows also stand in the training rows")
         for account in self.accounts:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""

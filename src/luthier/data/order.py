@@ -28,6 +28,7 @@ from luthier.data.pack import pack
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_NAME = 0x6C75746869657221
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,18 @@ def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 def keys(seed: int, stream: int, n: int) -> NDArray[np.uint64]:
     """n independent 64-bit numbers of the stream (seed, stream): counter-based, entry i needs no other entry."""
-    base = _mix((_mix((seed & _MASK) ^ 0x6C75746869657221) + (stream & _MASK)) & _MASK)
+    base = _mix((_mix((seed & _MASK) ^ _NAME) + (stream & _MASK)) & _MASK)
     with np.errstate(over="ignore"):
         state = np.uint64(base) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+def key(seed: int, stream: int, index: int) -> int:
+    """Entry `index` of `keys`, alone."""
+    base = _mix((_mix((seed & _MASK) ^ _NAME) + (stream & _MASK)) & _MASK)
+    return _mix((base + index * _GOLDEN) & _MASK)
 
 
 def plan_epoch(lengths: Sequence[int] | NDArray[Any], spec: PlanSpec) -> list[list[int]]:

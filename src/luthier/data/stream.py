@@ -21,6 +21,7 @@ from luthier.data.order import PlanSpec, plan_epoch
 from luthier.data.pack import collate, pack
 
 _PLANS_KEPT = 2
+_TOKENS_PER_STEP = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class StreamSpec:
     """How samples become steps. All but `microbatch_tokens` and `packing` decide which rows a step holds."""
 
     seed: int = 42
-    tokens_per_step: int = 16384
+    tokens_per_step: int | None = 16384  # not looked at where rows_per_step is given
     rows_per_step: int | None = None
     window: int = 1024
     microbatch_tokens: int | None = None  # None = a whole step at once
@@ -45,6 +46,7 @@ class Stream:
             raise ValueError(f"packing is forest or none, not {spec.packing!r}")
         self.samples, self.spec = samples, spec
         self.lengths = [sample.length for sample in samples]
+        self._tokens = spec.tokens_per_step or _TOKENS_PER_STEP
         self._plans: OrderedDict[int, list[list[int]]] = OrderedDict()
         self._starts = [0]  # first global step of each epoch planned so far, and of the next
 
@@ -60,7 +62,7 @@ class Stream:
     @property
     def microbatch_tokens(self) -> int:
         """Room of one microbatch: as given, else that of a step, and never less than the longest row."""
-        return self.spec.microbatch_tokens or max(self.spec.tokens_per_step, max(self.lengths))
+        return self.spec.microbatch_tokens or max(self._tokens, max(self.lengths))
 
     def total_steps(self, epochs: float) -> int:
         """Steps of `epochs` epochs, the last one perhaps in part; at least one."""
@@ -75,7 +77,7 @@ class Stream:
         if epoch not in self._plans:
             spec = self.spec
             plan = PlanSpec(
-                seed=spec.seed, epoch=epoch, tokens_per_step=spec.tokens_per_step,
+                seed=spec.seed, epoch=epoch, tokens_per_step=self._tokens,
                 rows_per_step=spec.rows_per_step, window=spec.window,
             )  # fmt: skip
             self._plans[epoch] = plan_epoch(self.lengths, plan)

@@ -1,0 +1,44 @@
+"""`alpaca`: instruction, input, output; `history` of [user, assistant] pairs and `system` beside them.
+
+Becomes a chat, as LLaMA-Factory reads it: the user says the instruction, a line break and the input where there is
+one. The `text` column of the original files (the same row in one prompt format) is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from luthier.contracts.record import Chat, Source
+from luthier.data.turns import chat, kind_of, text_of, wrong
+
+NAME = "alpaca"
+COLUMNS = "instruction output [input, system, history]"
+RANK = 30
+
+
+def detect(row: Mapping[str, Any]) -> bool:
+    return "instruction" in row and "output" in row
+
+
+def read(row: Mapping[str, Any], source: Source) -> Chat:
+    asked = text_of(row.get("instruction"), source, "instruction", may_be_empty=bool(row.get("input")))
+    given = row.get("input")
+    if given is not None and text_of(given, source, "input", may_be_empty=True).strip():
+        asked = f"{asked}\n{given}" if asked.strip() else str(given)
+    messages = []
+    system = row.get("system")
+    if system is not None and text_of(system, source, "system", may_be_empty=True).strip():
+        messages.append({"role": "system", "content": system})
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise wrong("not a list of turns", source, "history", value=kind_of(history), remedy='[["user", "assistant"], …]')
+    for index, pair in enumerate(history):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise wrong("a turn of the history is not a pair", source, f"history[{index}]", value=kind_of(pair),
+                        remedy='["what the user said", "what the assistant said"]')  # fmt: skip
+        messages.append({"role": "user", "content": text_of(pair[0], source, f"history[{index}][0]")})
+        messages.append({"role": "assistant", "content": text_of(pair[1], source, f"history[{index}][1]")})
+    messages.append({"role": "user", "content": asked})
+    messages.append({"role": "assistant", "content": text_of(row.get("output"), source, "output")})
+    return chat(messages, source, tools=row.get("tools"))

@@ -1,0 +1,28 @@
+"""`messages`: a list of {"role", "content"}, as of OpenAI's fine-tuning files and most data sets of today.
+
+Read beside them: `tools`, per message `tool_calls` (arguments as object or JSON string), `weight` (0 or 1; also
+`loss_weight`, `loss`, `train`), `reasoning_content`, content as a list of text parts. Leaves out: images, audio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.contracts.record import Chat, Source
+from luthier.data.turns import chat, from_json
+
+NAME = "messages"
+COLUMNS = "messages [tools]"
+RANK = 10
+
+
+def detect(row: Mapping[str, Any]) -> bool:
+    return "messages" in row
+
+
+def read(row: Mapping[str, Any], source: Source) -> Chat:
+    messages = row.get("messages")
+    if isinstance(messages, str) and messages.strip().startswith("["):  # a cell of a table
+        messages = from_json(messages, source, "messages")
+    return chat(messages, source, tools=row.get("tools"))
