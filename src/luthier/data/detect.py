@@ -19,7 +19,13 @@ from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
 
 _FIRST_ROWS = 10
-_PREFERENCE = ({"chosen", "rejected"}, {"chosen_messages", "rejected_messages"}, {"preferred_output"}, {"kto_tag"}, {"messages", "label"})
+_PREFERENCE = (
+    {"chosen", "rejected"},
+    {"chosen_messages", "rejected_messages"},
+    {"preferred_output"},
+    {"kto_tag"},
+    {"messages", "label"},
+)
 
 
 class Format(Protocol):
@@ -63,7 +69,7 @@ def pick(rows: Sequence[tuple[Mapping[str, Any], Source]]) -> Format:
                 return item
     row, source = rows[0]
     if _prefers(row):
-        remedy = "these are preference rows, which no objective here trains on; `format:` reads their chat alone"
+        remedy = "these are preference rows and no objective here trains on them: give one answer per row"
     else:
         remedy = "rename columns to those of a format: " + "; ".join(f"{i.NAME}: {i.COLUMNS}" for i in known())
     raise DataError("no known format has these columns", where=str(source), value=_columns(row), remedy=remedy)

@@ -214,12 +214,13 @@ def _segments(batch: Batch) -> list[int]:
     for segment, parent in enumerate(batch.forest.parent):
         children.setdefault(parent, []).append(segment)
     found: list[int] = []
-    taken: dict[int, int] = {}  # sequence -> segment, known as soon as one of its tokens lies inside
     predictors, sequences = batch.scored_N.tolist(), batch.sequence_N.tolist()
     inside = (np.searchsorted(start_S, predictors, side="right") - 1).tolist()
-    for predictor, sequence, segment in zip(predictors, sequences, inside, strict=True):
-        if predictor != batch.forest.end[segment] - 1:
-            taken[sequence] = segment
+    taken = {  # sequence -> segment, known as soon as one of its predictors lies inside
+        sequence: segment
+        for predictor, sequence, segment in zip(predictors, sequences, inside, strict=True)
+        if predictor != batch.forest.end[segment] - 1
+    }
     for predictor, sequence, segment in zip(predictors, sequences, inside, strict=True):
         if predictor != batch.forest.end[segment] - 1:
             found.append(segment)

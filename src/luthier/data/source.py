@@ -118,7 +118,7 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
                         remedy=remedy)  # fmt: skip
     try:
         rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # noqa: BLE001  the network has many names for its faults
+    except Exception as error:  # the network has many names for its faults
         first = (str(error).splitlines() or [""])[0][:200]
         raise DataError(f"the hub did not give the data set ({type(error).__name__}: {first})", where=name,
                         remedy=remedy) from error  # fmt: skip

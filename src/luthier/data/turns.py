@@ -1,6 +1,6 @@
 """Turns of a conversation in the field's standard form, checked: what every chat-like format ends in.
 
-One field, one fault: `file:line: messages[3].role`, the value's type or the role seen, the remedy. The text of a
+One field, one fault: `file:line:messages[3].role`, the value's type or the role seen, the remedy. The text of a
 message is private and never part of an error. The order that is accepted: system (or developer) first, then user and
 assistant in turn, an assistant's tool calls followed by their tool results, and an assistant at the end, because the
 last turn is what is learned.
@@ -34,7 +34,7 @@ _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 def wrong(what: str, source: Source, field: str, *, value: Any = None, remedy: str | None = None) -> DataError:
     """The error of one field of one row."""
-    return DataError(what, where=f"{source}: {field}", value=value, remedy=remedy)
+    return DataError(what, where=f"{source}:{field}", value=value, remedy=remedy)
 
 
 def kind_of(value: Any) -> str:

@@ -32,7 +32,9 @@ def read(row: Mapping[str, Any], source: Source) -> Chat:
         messages.append({"role": "system", "content": system})
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise wrong("not a list of turns", source, "history", value=kind_of(history), remedy='[["user", "assistant"], …]')
+        raise wrong(
+            "not a list of turns", source, "history", value=kind_of(history), remedy='[["user", "assistant"], …]'
+        )
     for index, pair in enumerate(history):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise wrong("a turn of the history is not a pair", source, f"history[{index}]", value=kind_of(pair),
