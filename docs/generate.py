@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from luthier.cli.main import VERBS, door
+from luthier.recipe.aliases import PEERS
 
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "src" / "luthier"
@@ -91,9 +92,24 @@ def recipe(schema: dict[str, Any]) -> str:
             continue
         parts.append(f"## `{name}`\n\n{section.get('description', '')}\n")
         parts.append(fields(section, schema, name))
+    parts.append(peers())
     source = schema["$defs"]["DataSource"]
-    parts.append(f"## DataSource\n\n{source['description']}\n\n{fields(source, schema, 'data.train')}")
+    parts.insert(-1, f"## DataSource\n\n{source['description']}\n\n{fields(source, schema, 'data.train')}")
     return "\n".join(parts)
+
+
+def peers() -> str:
+    names: dict[str, list[str]] = {}
+    for name, (target, _) in PEERS.items():
+        if name != target.rpartition(".")[2]:
+            names.setdefault(target, []).append(f"`{name}`")
+    rows = "".join(f"| `{target}` | {', '.join(found)} |\n" for target, found in names.items())
+    return (
+        "## Names of other trainers\n\nTRL, LLaMA-Factory, Axolotl, ms-swift and Unsloth users may write what they know; "
+        "every translation is noted when the recipe is read. `per_device_train_batch_size` times "
+        "`gradient_accumulation_steps` becomes `train.rows_per_step`. What has no counterpart is refused with the "
+        f"nearest thing that exists.\n\n| here | also read as |\n|---|---|\n{rows}"
+    )
 
 
 def definition(spec: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Pages that can go stale: generated ones equal their sources, the guest of CONTRIBUTING works, links lead somewhere."""
+"""Pages that can go stale: generated ones equal their sources, the guest of CONTRIBUTING works, links lead on."""
 
 from __future__ import annotations
 
