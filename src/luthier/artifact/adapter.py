@@ -13,6 +13,7 @@ it was. Whole models (`method: full`) are saved by models/load.py.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,13 +151,20 @@ def _method_of(file: AdapterFile) -> Method:
 
 def _explicit(method: Method, file: AdapterFile) -> Method:
     """Where the file selects by regex (or a shorthand), the modules that its tensors name instead."""
-    if not isinstance(getattr(method, "target_modules", None), str):
+    given: Any = method
+    if not any(isinstance(getattr(method, name, None), str) for name in ("target_modules", "exclude_modules")):
         return method
-    saved: Sequence[str] = getattr(method, "modules_to_save", None) or ()
     own, _ = _split(file.tensors)
-    paths = {peft_names.module_of(name) for name in own if not name.endswith((".bias", ".base_layer.weight"))}
-    targets = tuple(sorted(path for path in paths if not any(path.endswith(name) for name in saved)))
-    return replace(method, target_modules=targets)  # type: ignore[type-var]
+    names = [name for name in own if not name.endswith((".bias", ".base_layer.weight"))]
+    saved: Sequence[str] = getattr(method, "modules_to_save", None) or ()
+    paths = {peft_names.module_of(name) for name in names}
+    targets = tuple(sorted(path for path in paths if not any(_within(path, name) for name in saved)))
+    return replace(given, target_modules=targets, exclude_modules=None)
+
+
+def _within(path: str, saved: str) -> bool:
+    """Copied whole: the module itself (by the end of its path) or one inside it."""
+    return path.endswith(saved) or re.match(rf"(^|.*\.){saved}($|\..*)", path) is not None
 
 
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -184,7 +192,7 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
             kept[name] = tensor
             continue
         try:
-            weight = model.get_submodule(locate(model, peft_names.module_of(name))).weight
+            weight: Any = model.get_submodule(locate(model, peft_names.module_of(name))).weight
         except ModelError:
             kept[name] = tensor
             continue

@@ -20,6 +20,7 @@ LARGEST_FILE = 1 << 20
 LARGEST_RANK = 4096
 LONGEST_TEXT = 2048
 MOST_NAMES = 20_000
+MOST_PATTERNS = 2_000
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 Check = tuple[Callable[[Any], bool], str]
@@ -65,7 +66,7 @@ def safe_pattern(text: str) -> bool:
 
 def _patterns(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: (
-        isinstance(v, dict) and len(v) <= MOST_NAMES and all(safe_pattern(k) and good(x) for k, x in v.items())
+        isinstance(v, dict) and len(v) <= MOST_PATTERNS and all(safe_pattern(k) and good(x) for k, x in v.items())
     )
 
 
@@ -73,6 +74,10 @@ _FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
 _WORD: Check = (_text, f"a text of at most {LONGEST_TEXT} characters")
 _NAMES: Check = (_texts, f"a list of at most {MOST_NAMES} names")
 _NAMES_OR_WORD: Check = (lambda v: _text(v) or _texts(v), "a name or a list of names")
+_PATTERNS: Check = (
+    lambda v: safe_pattern(v) or (_texts(v) and all(map(safe_pattern, v))),
+    "module names or simple patterns",
+)
 _ALPHA: Check = (lambda v: _is_number(v) and 0 < v <= 1e6, "a number above 0, at most 1e6")
 _RANK: Check = _whole(1, LARGEST_RANK)
 
@@ -95,10 +100,10 @@ CHECKS: dict[str, Check] = {
     "use_qalora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
-    "modules_to_save": _NAMES,
+    "modules_to_save": (lambda v: isinstance(v, list) and _PATTERNS[0](v), _PATTERNS[1]),
     "init_lora_weights": (lambda v: isinstance(v, bool) or _text(v), "true, false or a name"),
     "layers_to_transform": (_layers, "a layer number or a list of them"),
-    "layers_pattern": _NAMES_OR_WORD,
+    "layers_pattern": _PATTERNS,
     "rank_pattern": (_patterns(_RANK[0]), f"simple patterns, each with {_RANK[1]}"),
     "alpha_pattern": (_patterns(_ALPHA[0]), f"simple patterns, each with {_ALPHA[1]}"),
     "trainable_token_indices": (_ids, "token ids, or a list of them per module"),

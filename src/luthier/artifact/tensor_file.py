@@ -96,7 +96,7 @@ def replace_directory(directory: Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o755)
-        for path in [*fresh.iterdir(), fresh]:
+        for path in [*fresh.rglob("*"), fresh]:
             _sync(path)
         if directory.exists():
             old = fresh.with_name(fresh.name + ".old")

@@ -21,19 +21,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from luthier.contracts.errors import NotMergeable, RecipeError
+from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names
-from luthier.models.low_rank import low_rank
+from luthier.models.low_rank import DTYPES, LowRank, LowRankEmbedding, check_foldable, fold
 from luthier.models.sites import (
     AdaptedEmbedding,
     AdaptedLinear,
     SavedModule,
     Site,
-    features,
     freeze,
     named_sites,
     replace,
@@ -46,12 +44,8 @@ from luthier.models.sites import (
 )
 from luthier.models.targets import ALL_LINEAR, Targets, by_pattern, find_saved, find_targets, shortest_names
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def _doc(default: Any, doc: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"doc": doc})
     return field(default=default, metadata={"doc": doc})
 
 
@@ -71,8 +65,10 @@ class LoRA(Method):
     exclude_modules: str | tuple[str, ...] | None = _doc(None, "modules left alone: list of names, or a regex on paths")
     bias: str = _doc("none", "base biases that also train: none, all, or lora_only (those of adapted layers)")
     use_rslora: bool = _doc(False, "scale by lora_alpha / sqrt(r): keeps learning at ranks of 64 and more")
-    rank_pattern: dict[str, int] = _doc({}, "regex on paths -> another rank there")
-    alpha_pattern: dict[str, float] = _doc({}, "regex on paths -> another lora_alpha there")
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"doc": "regex on paths -> another rank there"})
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"doc": "regex on paths -> another lora_alpha there"}
+    )
     layers_to_transform: int | tuple[int, ...] | None = _doc(None, "only these layer numbers (with a list of targets)")
     layers_pattern: str | tuple[str, ...] | None = _doc(None, "name of the layer list, where it is not found by itself")
     modules_to_save: tuple[str, ...] = _doc((), "modules trained and saved as full copies, e.g. a new lm_head")
@@ -118,7 +114,7 @@ class LoRA(Method):
         """What goes beside one module; methods that build on LoRA override this."""
         rank = by_pattern(self.rank_pattern, path, self.r)
         alpha = by_pattern(self.alpha_pattern, path, self.alpha)
-        made: LowRank = LowRankEmbedding(base, rank) if isinstance(base, nn.Embedding) else LowRank(base, rank)
+        made: LowRank = LowRankEmbedding(rank) if isinstance(base, nn.Embedding) else LowRank(rank)
         made.scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
         made.dropout = self.lora_dropout
         made.make(base, DTYPES[self.adapter_dtype], bias=self.lora_bias, init=self.init_lora_weights)
@@ -205,98 +201,6 @@ class LoRA(Method):
         known = {key: value for key, value in config.items() if key in names and value is not None}
         init = config.get("init_lora_weights", True)
         return cls(**{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init in (True, "gaussian") else True)
-
-
-class LowRank(nn.Module):
-    """The two matrices beside one linear. Parameters are PEFT's: lora_A (r, in), lora_B (out, r)."""
-
-    scale: float
-    dropout: float
-
-    def __init__(self, base: nn.Module, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.lora_bias: nn.Parameter | None = None
-
-    def make(self, base: nn.Module, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
-        """Fresh parameters, drawn in fp32 by torch's CPU generator, so that every device starts alike."""
-        inputs, outputs = features(base)
-        place = next(base.parameters()).device
-        drawn = place if place.type == "meta" else torch.device("cpu")
-        a_RD, b_OR = torch.empty(self.rank, inputs, device=drawn), torch.zeros(outputs, self.rank, device=drawn)
-        nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5))
-        if init is False:
-            nn.init.kaiming_uniform_(b_OR, a=math.sqrt(5))
-        elif init == "gaussian":
-            nn.init.normal_(a_RD, std=1 / self.rank)
-        self.lora_A, self.lora_B = nn.Parameter(a_RD.to(place, dtype)), nn.Parameter(b_OR.to(place, dtype))
-        if bias:
-            self.lora_bias = nn.Parameter(torch.zeros(outputs, device=place, dtype=dtype))
-
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
-        y = low_rank(y, dropped, self.lora_A, self.lora_B, self.scale)
-        return y if self.lora_bias is None else (y + self.scale * self.lora_bias).to(y.dtype)
-
-    def weight(self) -> Tensor:
-        """s B A, (out, in), fp32."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
-
-    def peft_tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        return found if self.lora_bias is None else {**found, "lora_B.bias": self.lora_bias}
-
-
-class LowRankEmbedding(LowRank):
-    """On an embedding: y += s * lookup(A^T)[ids] B^T; A (r, V) zero, B (dim, r) normal; no dropout."""
-
-    def make(self, base: nn.Module, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
-        if bias:
-            raise RecipeError("lora_bias does not go with an embedding", where="method.lora_bias", value=True)
-        rows, width = base.weight.shape
-        place = base.weight.device
-        drawn = place if place.type == "meta" else torch.device("cpu")
-        a_RV = torch.zeros(self.rank, rows, device=drawn)
-        if init is False:
-            nn.init.normal_(a_RV)
-        b_DR = nn.init.normal_(torch.empty(width, self.rank, device=drawn))
-        self.lora_A, self.lora_B = nn.Parameter(a_RV.to(place, dtype)), nn.Parameter(b_DR.to(place, dtype))
-
-    def forward(self, ids: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        looked_up = functional.embedding(ids, self.lora_A.T, padding_idx=base.padding_idx)
-        added = looked_up @ self.lora_B.T * self.scale
-        factor = getattr(base, "embed_scale", None)  # Gemma and friends scale inside their embedding
-        return (y + (added if factor is None else added * factor)).to(y.dtype)
-
-    def weight(self) -> Tensor:
-        """s (B A)^T, (V, dim), fp32."""
-        return super().weight().T
-
-    def peft_tensors(self) -> dict[str, Tensor]:
-        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
-
-
-def check_foldable(path: str, site: Site) -> None:
-    """NotMergeable unless the base has an ordinary weight (and a bias slot, where one is needed)."""
-    base = site.base_layer
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
-        raise NotMergeable(
-            f"{path} is stored as {type(base).__name__}, which cannot take the change exactly",
-            remedy="merge into the unquantised base",
-        )  # fmt: skip
-    if getattr(site.delta, "lora_bias", None) is not None and base.bias is None:
-        raise NotMergeable(f"{path} has no bias to fold lora_bias into", remedy="train with lora_bias: false")
-
-
-def fold(site: Site) -> None:
-    """base.weight += delta.weight(), summed in fp32 and rounded once; Conv1D stores the transpose."""
-    base, delta = site.base_layer, site.delta
-    change = delta.weight()
-    change = change.T if isinstance(base, Conv1D) else change
-    base.weight.data = (base.weight.float() + change).to(base.weight.dtype)
-    if (bias := getattr(delta, "lora_bias", None)) is not None:
-        base.bias.data = (base.bias.float() + delta.scale * bias.float()).to(base.bias.dtype)
 
 
 def _innermost(module: nn.Module) -> nn.Module:

@@ -1,4 +1,6 @@
-"""y += s * (x A^T) B^T with a hand-written backward, and its plain twin (a test keeps them equal).
+"""The low-rank pair beside one linear or embedding (`LowRank`), and its arithmetic with a hand-written backward.
+
+    y += s * (x A^T) B^T           `low_rank`, and `low_rank_plain`, its twin by autograd (a test keeps them equal)
 
 Saved for the backward: x (the base layer holds it anyway) and z = x A^T (T, R); never the (T, out) product.
 
@@ -6,23 +8,125 @@ Saved for the backward: x (the base layer holds it anyway) and z = x A^T (T, R);
 
 Frozen weights get no gradient and dx is made only when somebody asks. The sum goes into y in place where that is
 legal. Dtypes (PEFT's rule): the adapter computes in its own dtype (in autocast's, inside autocast) and the sum is
-rounded once to y's dtype. Left out: second derivatives, fusing several targets that share one input.
+rounded once to y's dtype. Every low-rank method builds on these modules. Left out: second derivatives, fusing
+several targets that share one input.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from luthier.contracts.errors import NotMergeable, RecipeError
+from luthier.models.sites import Site, features
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LowRank(nn.Module):
+    """The two matrices beside one linear. Parameters are PEFT's: lora_A (r, in), lora_B (out, r)."""
+
+    scale: float
+    dropout: float
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.lora_bias: nn.Parameter | None = None
+
+    def make(self, base: Any, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
+        """Fresh parameters, drawn in fp32 by torch's CPU generator, so that every device starts alike."""
+        inputs, outputs = features(base)
+        place = next(base.parameters()).device
+        drawn = place if place.type == "meta" else torch.device("cpu")
+        a_RD, b_OR = torch.empty(self.rank, inputs, device=drawn), torch.zeros(outputs, self.rank, device=drawn)
+        nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(b_OR, a=math.sqrt(5))
+        elif init == "gaussian":
+            nn.init.normal_(a_RD, std=1 / self.rank)
+        self.lora_A, self.lora_B = nn.Parameter(a_RD.to(place, dtype)), nn.Parameter(b_OR.to(place, dtype))
+        if bias:
+            self.lora_bias = nn.Parameter(torch.zeros(outputs, device=place, dtype=dtype))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        y = low_rank(y, dropped, self.lora_A, self.lora_B, self.scale)
+        return y if self.lora_bias is None else (y + self.scale * self.lora_bias).to(y.dtype)
+
+    def weight(self) -> Tensor:
+        """s B A, (out, in), fp32."""
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        return found if self.lora_bias is None else {**found, "lora_B.bias": self.lora_bias}
+
+
+class LowRankEmbedding(LowRank):
+    """On an embedding: y += s * lookup(A^T)[ids] B^T; A (r, V) zero, B (dim, r) normal; no dropout."""
+
+    def make(self, base: Any, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
+        if bias:
+            raise RecipeError("lora_bias does not go with an embedding", where="method.lora_bias", value=True)
+        rows, width = base.weight.shape
+        place = base.weight.device
+        drawn = place if place.type == "meta" else torch.device("cpu")
+        a_RV = torch.zeros(self.rank, rows, device=drawn)
+        if init is False:
+            nn.init.normal_(a_RV)
+        b_DR = nn.init.normal_(torch.empty(width, self.rank, device=drawn))
+        self.lora_A, self.lora_B = nn.Parameter(a_RV.to(place, dtype)), nn.Parameter(b_DR.to(place, dtype))
+
+    def forward(self, ids: Tensor, y: Tensor, base: Any) -> Tensor:
+        looked_up = functional.embedding(ids, self.lora_A.T, padding_idx=base.padding_idx)
+        added = looked_up @ self.lora_B.T * self.scale
+        factor = getattr(base, "embed_scale", None)  # Gemma and friends scale inside their embedding
+        return (y + (added if factor is None else added * factor)).to(y.dtype)
+
+    def weight(self) -> Tensor:
+        """s (B A)^T, (V, dim), fp32."""
+        return super().weight().T
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
+
+def check_foldable(path: str, site: Site) -> None:
+    """NotMergeable unless the base has an ordinary weight (and a bias slot, where one is needed)."""
+    base: Any = site.base_layer
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
+        raise NotMergeable(
+            f"{path} is stored as {type(base).__name__}, which cannot take the change exactly",
+            remedy="merge into the unquantised base",
+        )  # fmt: skip
+    if getattr(site.delta, "lora_bias", None) is not None and base.bias is None:
+        raise NotMergeable(f"{path} has no bias to fold lora_bias into", remedy="train with lora_bias: false")
+
+
+def fold(site: Site) -> None:
+    """base.weight += delta.weight(), summed in fp32 and rounded once; Conv1D stores the transpose."""
+    base: Any = site.base_layer
+    delta: Any = site.delta
+    change = delta.weight()
+    change = change.T if isinstance(base, Conv1D) else change
+    base.weight.data = (base.weight.float() + change).to(base.weight.dtype)
+    if (bias := getattr(delta, "lora_bias", None)) is not None:
+        base.bias.data = (base.bias.float() + delta.scale * bias.float()).to(base.bias.dtype)
 
 
 def low_rank(y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """y (..., O) + scale * (x (..., D) A^T) B^T; y may be overwritten and must not be used afterwards."""
     compute = _compute_dtype(x, a_RD)
     in_place = y.is_contiguous() and not (torch.is_grad_enabled() and (y._is_view() or _grown(y)))
-    made: Tensor = _LowRank.apply(y, x, a_RD, b_OR, scale, compute, in_place)
+    made: Tensor = _LowRank.apply(y, x, a_RD, b_OR, _How(scale, compute, in_place))
     return made
 
 
@@ -44,11 +148,16 @@ def _grown(y: Tensor) -> bool:
     return y.is_leaf and y.requires_grad
 
 
+class _How(NamedTuple):
+    scale: float
+    compute: torch.dtype
+    in_place: bool
+
+
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, scale: float, compute: torch.dtype, in_place: bool
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, how: _How) -> Tensor:
+        scale, compute, in_place = how
         with torch.autocast(x.device.type, enabled=False):
             z_TR = x.reshape(-1, x.shape[-1]).to(compute) @ a_RD.to(compute).T
             out = y if in_place else y.clone(memory_format=torch.contiguous_format)
@@ -79,4 +188,4 @@ class _LowRank(torch.autograd.Function):
                     da = (dz_TR.T @ x.reshape(-1, x.shape[-1]).to(ctx.compute)).to(a_RD.dtype)
                 if need_x:
                     dx = (dz_TR @ a_RD.to(ctx.compute)).to(x.dtype).view(x.shape)
-        return dy if need_y else None, dx, da, db, None, None, None
+        return dy if need_y else None, dx, da, db, None

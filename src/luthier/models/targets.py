@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from torch import nn
@@ -88,9 +89,14 @@ def layer_index(path: str, pattern: str | Sequence[str] | None = None) -> int | 
 def by_pattern(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """Value of the first pattern that matches the path."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if _pattern(key).match(path):
             return value
     return default
+
+
+@lru_cache(maxsize=4096)
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:

@@ -64,7 +64,7 @@ class HeadRows(TokenRows):
         logits: Tensor = self.base_layer(h)
         if not self.on:
             return logits
-        bias = self.base_layer.bias
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         own = nn.functional.linear(h, self.rows.to(h.dtype), None if bias is None else bias[self.ids])
         return logits.index_copy(-1, self.ids, own.to(logits.dtype))
 
@@ -135,7 +135,7 @@ def merge_rows(model: nn.Module) -> None:
         if isinstance(site.base_layer, Site) or weight is None or not weight.is_floating_point():
             raise NotMergeable(f"{path} cannot take its token rows", remedy="merge the method first, on the plain base")
     for site in found.values():
-        weight = site.base_layer.weight
+        weight = _weight(site.base_layer)
         weight.data = weight.data.index_copy(0, site.ids, site.rows.detach().to(weight.dtype))
     unwrap(model, TokenRows)
 

@@ -1,0 +1,128 @@
+"""Fold an adapter into its base and measure what that changed: a merge that nobody measured is a guess.
+
+On probe rows, the largest |difference of logits| between adapter on and merged, and the share of positions whose
+greedy token is the same. In fp32 both are rounding; in bf16 the merged weights are rounded once more, and small
+updates can be lost in that: the numbers say how much. A difference above the tolerance (relative to the largest
+logit; by dtype) is refused before anything is written. Left out: quantised bases (merge into the full-precision
+one), requantising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.artifact.adapter import load_adapter
+from luthier.artifact.tensor_file import replace_directory
+from luthier.contracts.errors import NotMergeable, NumericError
+from luthier.contracts.method import Method
+from luthier.models.attention import native_attention
+from luthier.models.token_rows import merge_rows
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_RANDOM_ROWS, _RANDOM_TOKENS = 4, 32
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What folding changed on the probe rows, and where the merged model lies."""
+
+    max_abs_logit_difference: float
+    max_abs_logit: float
+    greedy_agreement: float  # share of probe positions with the same most likely token
+    probe_tokens: int
+    tolerance: float  # the difference may be this share of the largest logit
+    dtype: str
+    notes: tuple[str, ...] = ()
+    directory: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fold(
+    method: Method, model: nn.Module, *, probe: Sequence[Sequence[int]] = (), tolerance: float | None = None
+) -> FoldReport:
+    """Merge a live model in place and measure it. The probe: token rows; without any, random ones."""
+    if not method.mergeable:
+        method.merge(model)  # says why not
+        raise NotMergeable(f"{type(method).__name__} cannot be folded into the base weights", where="method")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    allowed = TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance
+    rows = [list(row) for row in probe if row] or _random_rows(model)
+    with _evaluating(model):
+        before = _logits(model, rows)
+        method.merge(model)
+        merge_rows(model)
+        after = _logits(model, rows)
+    report = _compare(before, after, allowed, str(dtype).removeprefix("torch."))
+    if not report.max_abs_logit_difference <= allowed * max(1.0, report.max_abs_logit):
+        raise NumericError(
+            "the merged model is not the adapted one: nothing was written",
+            value=f"largest difference of logits {report.max_abs_logit_difference:.3g}, of {report.max_abs_logit:.3g}",
+            remedy="merge in float32 (model.dtype), or give a larger tolerance on purpose",
+        )
+    return report
+
+
+def merge_adapter(
+    adapter: str | Path,
+    model: nn.Module,
+    out: str | Path,
+    *,
+    save: Callable[[nn.Module, Path], object],
+    probe: Sequence[Sequence[int]] = (),
+    base_fingerprint: str | None = None,
+) -> FoldReport:
+    """Load an adapter on its bare base, fold it, and let `save` write the whole model; the directory is atomic."""
+    notes: list[str] = []
+    method = load_adapter(adapter, model, base_fingerprint=base_fingerprint, notes=notes)
+    report = fold(method, model, probe=probe)
+    with replace_directory(Path(out)) as fresh:
+        save(model, fresh)
+    return FoldReport(**{**asdict(report), "notes": tuple(notes), "directory": str(out)})
+
+
+def _random_rows(model: nn.Module) -> list[list[int]]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    drawn = torch.randint(vocabulary, (_RANDOM_ROWS, _RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))
+    return drawn.tolist()
+
+
+def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(T, V) fp32 of each row alone, no padding."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), native_attention(model):
+        return [model(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
+
+
+def _compare(before: list[Tensor], after: list[Tensor], tolerance: float, dtype: str) -> FoldReport:
+    differences = [float((a - b).abs().max()) for a, b in zip(before, after, strict=True)]
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(before, after, strict=True))
+    tokens = sum(len(row) for row in before)
+    worst = max(differences, key=lambda value: float("inf") if value != value else value)
+    return FoldReport(
+        max_abs_logit_difference=worst,
+        max_abs_logit=max(float(row.abs().max()) for row in before),
+        greedy_agreement=same / tokens,
+        probe_tokens=tokens,
+        tolerance=tolerance,
+        dtype=dtype,
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off while measuring; the mode comes back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
