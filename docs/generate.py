@@ -105,8 +105,8 @@ def peers() -> str:
             names.setdefault(target, []).append(f"`{name}`")
     rows = "".join(f"| `{target}` | {', '.join(found)} |\n" for target, found in names.items())
     return (
-        "## Names of other trainers\n\nTRL, LLaMA-Factory, Axolotl, ms-swift and Unsloth users may write what they know; "
-        "every translation is noted when the recipe is read. `per_device_train_batch_size` times "
+        "## Names of other trainers\n\nUsers of TRL, LLaMA-Factory, Axolotl, ms-swift and Unsloth may write what they "
+        "know; every translation is noted when the recipe is read. `per_device_train_batch_size` times "
         "`gradient_accumulation_steps` becomes `train.rows_per_step`. What has no counterpart is refused with the "
         f"nearest thing that exists.\n\n| here | also read as |\n|---|---|\n{rows}"
     )
