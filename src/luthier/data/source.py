@@ -148,8 +148,8 @@ def _json_line(path: str, line: Line) -> tuple[DataError | None, Any]:
         return not_utf8(place, line, error), None
     except Fault as fault:
         if fault.cut and not line.ended:
-            error = ends_early(path, line.start + len(line.data))
-            return DataError(error.what, where=f"{place}:{fault.position + 1}", remedy=error.remedy), None
+            early = ends_early(path, line.start + len(line.data))
+            return DataError(early.what, where=f"{place}:{fault.position + 1}", remedy=early.remedy), None
         return DataError(fault.what, where=f"{place}:{fault.position + 1}", remedy=fault.remedy), None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.contracts.record import Chat, Source
-from luthier.data.turns import chat, kind_of, text_of, wrong
+from luthier.data.conversation import chat, kind_of, text_of, wrong
 
 NAME = "alpaca"
 COLUMNS = "instruction output [input, system, history]"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.contracts.record import Chat, Source
-from luthier.data.turns import chat, from_json
+from luthier.data.conversation import chat, from_json
 
 NAME = "messages"
 COLUMNS = "messages [tools]"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.contracts.record import Chat, Completion, Source
-from luthier.data.turns import chat, text_of, weight_of
+from luthier.data.conversation import chat, text_of, weight_of
 
 NAME = "prompt_completion"
 COLUMNS = "prompt completion | prompt response | question answer | instruction response | query response"

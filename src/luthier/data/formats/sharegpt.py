@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.contracts.record import Chat, Source
-from luthier.data.turns import chat, from_json, kind_of, role_of, text_of, tool_call, wrong
+from luthier.data.conversation import chat, from_json, kind_of, role_of, text_of, tool_call, wrong
 
 NAME = "sharegpt"
 COLUMNS = "conversations [system, tools]"

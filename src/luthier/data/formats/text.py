@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.contracts.record import Source, Text
-from luthier.data.turns import text_of
+from luthier.data.conversation import text_of
 
 NAME = "text"
 COLUMNS = "text"

@@ -20,7 +20,7 @@ ROLES = {
     "gpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
     "function_response": "tool",
 }  # fmt: skip
-_BEFORE = {  # role -> what may stand before it
+_BEFORE: dict[str, set[str | None]] = {  # role -> what may stand before it
     "system": {None},
     "developer": {None, "system"},
     "user": {None, "system", "developer", "assistant", "call"},
