@@ -1,0 +1,262 @@
+"""Records to token pieces: the one place where text becomes ids and weights.
+
+    Chat        template, mask (mask.py); the text carries its own bos, none is added
+    Completion  prompt + completion + eos, one text; the completion and the stop token train
+    Text        bos (if the tokenizer puts one before raw text) + text + eos; every token but the first trains
+
+Overlong rows follow `data.overlong`: a shortened row is a slice of the whole row and its mask the same slice, so no
+token's weight ever depends on a cut. `split` cuts conversations after answers and plain text into windows that share
+one token (so that each is predicted once). A row with no trained token left is dropped by name.
+
+Raw rows (Completion, Text) are taken as written: control strings in them count, since people put whole rendered
+prompts there; `data.injection: error` refuses them. Arrays are numpy: int64 tokens, float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from luthier.contracts.errors import DataError
+from luthier.contracts.record import Chat, Completion, Piece, Record, Sample, Source, Text
+from luthier.data.ledger import Dropped
+from luthier.data.mask import Masked, Masker, MaskPolicy, message_weights
+from luthier.data.template import Template
+from luthier.data.tokens import check_atomic
+from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
+
+OVERLONG = ("drop", "truncate_left", "truncate_right", "split", "error")
+Row = tuple[np.ndarray, np.ndarray, tuple[int, ...]]  # tokens_T, weights_T, places where it may be cut
+
+
+class MaskFields(Protocol):
+    """`data.mask` of the recipe."""
+
+    roles: Any
+    last_turn_only: bool
+    thinking: Any
+    train_generation_prompt: bool
+
+
+class DataFields(Protocol):
+    """The part of the recipe's data section that encoding reads."""
+
+    mask: Any
+    max_tokens: int
+    overlong: Any
+    injection: Any
+
+
+class Encoder:
+    """Tokenizer, template and policy of one run. `samples` and `pieces` are pure; `escaped` counts as they go."""
+
+    def __init__(
+        self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = ()
+    ) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)
+        self.policy = MaskPolicy(
+            tuple(section.mask.roles), section.mask.last_turn_only, section.mask.thinking,
+            section.mask.train_generation_prompt, section.injection,
+        )  # fmt: skip
+        self._given_stops = tuple(stop_ids)
+        self._masker: Masker | None = None
+        if template is not None:
+            check_atomic(template, tokenizer)
+            self._masker = Masker(template, tokenizer, self.policy, stop_ids)
+        self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
+        self.escaped = 0  # control strings of content that were neutralised
+        self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
+
+    @property
+    def masker(self) -> Masker:
+        if self._masker is None:
+            raise DataError(
+                "conversations need a chat template, and the tokenizer has none", where="model.chat_template",
+                remedy="give one there, or use prompt/completion or text rows",
+            )  # fmt: skip
+        return self._masker
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end generation: those given and those that training teaches as stops."""
+        learned = self._masker.stop_ids if self._masker is not None else ()
+        eos = () if self.vocabulary.eos_id is None else (self.vocabulary.eos_id,)
+        return tuple(dict.fromkeys([*self._given_stops, *eos, *learned]))
+
+    def samples(self, record: Record) -> list[Sample]:
+        """The samples of a record: one, or several for `overlong: split` and `thinking: split`.
+
+        Raises Dropped where a policy drops the row, DataError where the row is wrong.
+        """
+        made: list[Sample] = []
+        rows = self._rows(record)
+        for tokens_T, weights_T, cuts in rows:
+            for start, end in self._slices(record, len(tokens_T), cuts):
+                shown = weights_T[start:end].copy()
+                shown[:1] = 0.0
+                if shown.any():
+                    made.append(Sample((Piece(tokens_T[start:end], shown),), record.source))
+        if not made:
+            was_cut = any(len(row[0]) > self.max_tokens for row in rows)
+            raise Dropped("no trained token after truncation" if was_cut else "no trained token")
+        return made
+
+    def pieces(self, record: Record) -> tuple[Piece, ...]:
+        """The pieces of a record that makes one sample; a record that makes several raises ValueError."""
+        made = self.samples(record)
+        if len(made) != 1:
+            raise ValueError(f"{record.source} makes {len(made)} samples; ask for samples()")
+        return made[0].pieces
+
+    def masked(self, chat: Chat) -> Masked:
+        """The whole mask of a conversation, before any cut: for showing and for checks."""
+        return self.masker.mask(chat)
+
+    def prompt_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """What inference feeds before an answer to `messages`: the same template, tokenizer and neutralising."""
+        chat = Chat(list(messages), Source("prompt", 1), tools)
+        form, found = self.masker.trace(chat, prompt=True)
+        encoded, _ = self.masker.encode(found.text, found, form)
+        return encoded.ids_T.tolist()
+
+    def raw_prompt_ids(self, prompt: str) -> list[int]:
+        """What inference feeds before a completion of `prompt` (no template)."""
+        ids: list[int] = self.vocabulary.encode(prompt).ids_T.tolist()
+        return self._begin(ids) + ids
+
+    def _rows(self, record: Record) -> list[Row]:
+        if isinstance(record, Chat):
+            return [self._chat(one) for one in self._per_answer(record)]
+        if isinstance(record, Completion):
+            return [self._completion(record)]
+        return [self._text(record)]
+
+    def _per_answer(self, chat: Chat) -> list[Chat]:
+        """`thinking: split`: one conversation per trained answer, ending with it; else the conversation itself."""
+        if self.policy.thinking != "split":
+            return [chat]
+        weights = message_weights(chat, self.policy)
+        ends = [i for i, weight in enumerate(weights) if weight and chat.messages[i]["role"] == "assistant"]
+        rows = []
+        for i in ends:
+            only = [weights[k] if k == i else 0.0 for k in range(i + 1)]
+            rows.append(replace(chat, messages=list(chat.messages[: i + 1]), weights=only))
+        return rows or [chat]
+
+    def _chat(self, chat: Chat) -> Row:
+        masked = self.masker.mask(chat)
+        self.escaped += masked.escaped
+        self.unshown_reasoning += masked.unshown_reasoning
+        encoded = masked.encoded
+        cuts = []
+        for turn in masked.turns:
+            if chat.messages[turn.message]["role"] == "assistant":
+                after = encoded.text[turn.end :]
+                reach = turn.end + len(after) - len(after.lstrip())
+                cuts.append(int(np.searchsorted(encoded.end_T, reach, side="right")))
+        return encoded.ids_T, masked.weights_T, tuple(sorted({*cuts}))
+
+    def _completion(self, record: Completion) -> Row:
+        encoded = self._raw(record.prompt + record.completion, record.source)
+        try:
+            inside = encoded.inside(len(record.prompt), len(encoded.text))
+        except StraddleError:
+            encoded, inside = self._joined(record)
+        ids = encoded.ids_T.tolist()
+        begin, end = self._begin(ids), self._end(ids)
+        weights = [0.0] * len(begin) + inside.astype(np.float32).tolist() + [1.0] * len(end)
+        return _row(begin + ids + end, weights)
+
+    def _joined(self, record: Completion) -> tuple[Encoded, np.ndarray]:
+        """Prompt and completion tokenised apart, as inference does, where one token would hold letters of both."""
+        first, second = self._raw(record.prompt, record.source), self._raw(record.completion, record.source)
+        ids = np.concatenate([first.ids_T, second.ids_T])
+        text = record.prompt + record.completion
+        if self.tokenizer.decode(ids.tolist()) != self.tokenizer.decode(self.vocabulary.encode(text).ids_T.tolist()):
+            raise DataError(
+                "the border of prompt and completion falls inside a token", where=str(record.source),
+                value=f"{record.prompt[-12:]}|{record.completion[:12]}",
+                remedy="end the prompt, or begin the completion, with white space",
+            )  # fmt: skip
+        joined = Encoded(
+            text, ids, np.concatenate([first.start_T, second.start_T + len(record.prompt)]),
+            np.concatenate([first.end_T, second.end_T + len(record.prompt)]),
+        )  # fmt: skip
+        return joined, np.arange(len(ids)) >= len(first)
+
+    def _text(self, record: Text) -> Row:
+        ids = self._raw(record.text, record.source).ids_T.tolist()
+        whole = self._begin(ids) + ids + self._end(ids)
+        return _row(whole, [0.0] + [1.0] * (len(whole) - 1))
+
+    def _raw(self, text: str, source: Source) -> Encoded:
+        encoded = self.vocabulary.encode(text)
+        if self.policy.injection == "error":
+            found = self.vocabulary.controls(encoded)
+            if len(found):
+                raise DataError(
+                    "the row holds control strings", where=str(source),
+                    value=sorted({self.vocabulary.names[int(encoded.ids_T[i])] for i in found}),
+                    remedy="remove them, or set data.injection: allow",
+                )  # fmt: skip
+        return encoded
+
+    def _begin(self, ids: Sequence[int]) -> list[int]:
+        """bos where the tokenizer itself puts one before raw text, and the text does not begin with it."""
+        first = self.vocabulary.begin_id
+        known = {first, self.tokenizer.bos_token_id}
+        return [] if first is None or (len(ids) and ids[0] in known) else [first]
+
+    def _end(self, ids: Sequence[int]) -> list[int]:
+        eos = self.vocabulary.eos_id
+        if eos is None:
+            raise DataError(
+                "the tokenizer has no eos token, so nothing would end a generation", where="model",
+                remedy="set eos_token in its tokenizer_config.json",
+            )  # fmt: skip
+        return [] if list(ids[-1:]) == [eos] else [eos]
+
+    def _slices(self, record: Record, length: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+        """The stretches of a row that become samples."""
+        limit = self.max_tokens
+        if length <= limit:
+            return [(0, length)]
+        if self.overlong == "drop":
+            raise Dropped("longer than data.max_tokens")
+        if self.overlong == "truncate_left":
+            return [(length - limit, length)]
+        if self.overlong == "truncate_right":
+            return [(0, limit)]
+        if self.overlong == "split":
+            return split(length, limit, cuts, overlap=0 if isinstance(record, Chat) else 1)
+        raise DataError(
+            "the row is longer than data.max_tokens", where=str(record.source), value=f"{length} tokens",
+            remedy="raise data.max_tokens, or set data.overlong: drop | truncate_left | truncate_right | split",
+        )  # fmt: skip
+
+
+def split(length: int, limit: int, cuts: Sequence[int], overlap: int = 0) -> list[tuple[int, int]]:
+    """Stretches of at most `limit` tokens, cut at the last of `cuts` that fits, else at the limit."""
+    made = []
+    start = 0
+    while start < length:
+        end = min(start + limit, length)
+        if end < length:
+            end = max((cut for cut in cuts if start < cut <= end), default=end)
+        made.append((start, end))
+        if end == length:
+            break
+        start = end - overlap if end - overlap > start else end
+    return made
+
+
+def _row(ids: Sequence[int], weights: Sequence[float]) -> Row:
+    weights_T = np.asarray(weights, dtype=np.float32)
+    weights_T[:1] = 0.0
+    return np.asarray(ids, dtype=np.int64), weights_T, ()

@@ -1,0 +1,443 @@
+"""The exact loss mask of a conversation, proven per row or refused by name.
+
+    text = render(messages)           tokenised once, whole, with offsets
+    spans of content                  by the marks of provenance.py, byte-equal to the plain render
+    spans that train                  `{% generation %}` blocks where the template has them, else turns.py
+    weights                           token inside a span -> weight of its message, else 0
+
+Checks on every row, after the mask is made (each failure is a DataError with the template's name):
+the text of every message is in the render, once; names and arguments of tool calls are inside their trained span;
+no content of an untrained message is; the last trained token of every answer is a stop token; the template prints no
+control string that is not one token; no control token comes out of the content of a row (`injection`).
+
+`thinking`: as_template trains the text that the template makes; keep_all asks the template to keep reasoning in
+every turn and refuses where it cannot; split is one row per answer (encode.py).
+A template with markers is taken at its word: its author says what trains, `train_generation_prompt` changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from luthier.contracts.errors import DataError
+from luthier.contracts.record import Chat
+from luthier.data.provenance import NotTraceable, Span, Trace, trace
+from luthier.data.template import REASONING_FIELDS, Template
+from luthier.data.tokens import missing_tokens, not_atomic
+from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
+from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEEP_REASONING: tuple[Mapping[str, Any], ...] = (
+    {"preserve_thinking": True}, {"keep_past_thinking": True}, {"clear_thinking": False},
+    {"truncate_history_thinking": False},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaskPolicy:
+    """`data.mask` and `data.injection` of the recipe."""
+
+    roles: tuple[str, ...] = ("assistant",)
+    last_turn_only: bool = False
+    thinking: str = "as_template"  # as_template | split | keep_all
+    train_generation_prompt: bool = False
+    injection: str = "escape"  # escape | error | allow
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A trained stretch of the text: characters `start:end`, of message `message`, with its loss weight."""
+
+    message: int
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """A conversation as tokens: `weights_T[i]` is the loss weight of predicting token i."""
+
+    encoded: Encoded
+    weights_T: np.ndarray
+    turns: tuple[Turn, ...]
+    escaped: int = 0  # control strings of the content that were neutralised
+    unshown_reasoning: int = 0  # answers whose reasoning the template leaves out
+
+    @property
+    def text(self) -> str:
+        return self.encoded.text
+
+
+class Masker:
+    """Masks conversations of one template and tokenizer. Made once a run; `mask` is pure."""
+
+    def __init__(
+        self, template: Template, tokenizer: Any, policy: MaskPolicy | None = None, stop_ids: Sequence[int] = ()
+    ) -> None:
+        self.template, self.policy = template, policy or MaskPolicy()
+        self.vocabulary = Vocabulary(tokenizer, template.control_strings())
+        self.tokenizer = tokenizer
+        names = self.vocabulary.names
+        given = [*stop_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
+        self.stops = frozenset(names[index] for index in given if index in names)
+
+    @cached_property
+    def habits(self) -> Habits:
+        """Learned on first use; a template that cannot be followed is refused here, by name."""
+        try:
+            return learn(self.template, self.vocabulary.pattern, self.stops)
+        except NotProvable as error:
+            raise self._refusal(error.reason, None, error.remedy) from None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that generation must stop at: those given, and those that this mask trains as stops."""
+        learned = set(self.stops)
+        if not self.template.has_markers:
+            learned |= self.habits.ends | (self.habits.openers if self.habits.tagged else frozenset())
+        return tuple(sorted(self.vocabulary.control[name] for name in learned))
+
+    def mask(self, chat: Chat) -> Masked:
+        """Tokens and weights, or DataError with the row's place and the reason."""
+        chat = _checked_roles(chat)
+        try:
+            return self._mask(chat)
+        except NotTraceable as error:
+            raise self._refusal(f"no mask can be proven: {error.reason}", chat, None) from None
+        except NotProvable as error:
+            raise self._refusal(error.reason, chat, error.remedy) from None
+        except StraddleError as error:
+            raise self._refusal(
+                "a token lies across the edge of an answer", chat, "add white space or a control token there",
+                error.token,
+            ) from None  # fmt: skip
+
+    def trace(self, chat: Chat, *, prompt: bool = False, **variables: Any) -> tuple[Chat, Trace]:
+        """The conversation in the form that the template takes, and its trace."""
+        template = replace(self.template, variables={**self.template.variables, **variables}) if variables else None
+        failure: Exception | None = None
+        for form in _forms(chat):
+            try:
+                found = trace(
+                    template or self.template, form.messages, form.tools,
+                    add_generation_prompt=prompt, controls=self.vocabulary.pattern,
+                )  # fmt: skip
+                self._check_shown(form, found)
+                return form, found
+            except (DataError, NotTraceable, NotProvable) as error:
+                failure = failure or error
+        assert failure is not None
+        if isinstance(failure, DataError):
+            raise DataError(
+                failure.what, where=f"{chat.source} ({self.template.name})", value=failure.value,
+                remedy=failure.remedy,
+            ) from None  # fmt: skip
+        raise failure
+
+    def _mask(self, chat: Chat) -> Masked:
+        chat, found = self._traced(chat)
+        weights = message_weights(chat, self.policy)
+        finder = TurnFinder(
+            self.template, self.vocabulary.pattern, self.stops,
+            self.habits if not self.template.has_markers else _NO_HABITS, chat.messages, chat.tools, found,
+        )  # fmt: skip
+        if self.template.has_markers:
+            turns, closing = self._marked_turns(chat, found, weights), ""
+        else:
+            turns, closing = self._derived_turns(finder, chat, weights)
+        self._check_turns(chat, found, turns)
+        encoded, escaped = self.encode(found.text + closing, found, chat)
+        weights_T = np.zeros(len(encoded), dtype=np.float32)
+        for turn in turns:
+            inside = encoded.inside(turn.start, turn.end)
+            weights_T[inside] = turn.weight
+            self._check_stop(chat, encoded, inside, turn)
+        if len(weights_T):
+            weights_T[0] = 0.0
+        return Masked(encoded, weights_T, tuple(turns), escaped, _unshown(chat, found))
+
+    def _traced(self, chat: Chat) -> tuple[Chat, Trace]:
+        if self.policy.thinking != "keep_all":
+            return self.trace(chat)
+        form, found = self.trace(chat)
+        for variables in _KEEP_REASONING:
+            if not _unshown(form, found):
+                break
+            form, found = self.trace(chat, **variables)
+        if _unshown(form, found):
+            raise NotProvable(
+                "the template leaves out the reasoning of earlier answers", "data.mask.thinking: split | as_template"
+            )
+        return form, found
+
+    def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
+        """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
+        missing = _missing(text, found, self.tokenizer)
+        if missing:
+            raise not_atomic(missing, f"{chat.source} ({self.template.name})")
+        encoded = self.vocabulary.encode(text)
+        controls = self.vocabulary.controls(encoded)
+        if self.policy.injection == "allow" or not len(controls):
+            return encoded, 0
+        drop = [i for i in controls if self._is_foreign(encoded, int(i), found, chat)]
+        if not drop:
+            return encoded, 0
+        if self.policy.injection == "error":
+            raise DataError(
+                "the content of a row holds control strings of the template", where=str(chat.source),
+                value=sorted({self.vocabulary.names[int(encoded.ids_T[i])] for i in drop}),
+                remedy="remove them, or set data.injection: escape",
+            )  # fmt: skip
+        return self.vocabulary.encode_neutral(encoded, np.asarray(drop)), len(drop)
+
+    def _is_foreign(self, encoded: Encoded, i: int, found: Trace, chat: Chat) -> bool:
+        """Whether control token i came out of content that must not make control tokens."""
+        start, end = int(encoded.start_T[i]), int(encoded.end_T[i])
+        for span in found.spans:
+            if span.start < end and start < span.end:
+                if span.message < 0 or chat.messages[span.message].get("role") != "assistant":
+                    return True
+                name = self.vocabulary.names[int(encoded.ids_T[i])]
+                return name in self.turn_marks
+        return False
+
+    @cached_property
+    def turn_marks(self) -> frozenset[str]:
+        """Control strings that begin and end turns: even an assistant's own text must not forge them."""
+        special = {self.tokenizer.bos_token, self.tokenizer.eos_token}
+        try:
+            habits = learn(self.template, self.vocabulary.pattern, self.stops)
+        except NotProvable:
+            habits = _NO_HABITS
+        return frozenset(name for name in {*special, *self.stops, *habits.ends, *habits.openers} if name)
+
+    def _derived_turns(
+        self, finder: TurnFinder, chat: Chat, weights: Sequence[float]
+    ) -> tuple[list[Turn], str]:
+        turns: list[Turn] = []
+        closing = ""
+        for index, weight in enumerate(weights):
+            if not weight:
+                continue
+            if chat.messages[index]["role"] == "assistant":
+                start = finder.start(index, with_prompt=self.policy.train_generation_prompt)
+                end, added = finder.end(index)
+                if added:
+                    end, closing = end + len(added), added
+            else:
+                own = finder.whole.of(index)
+                if not own:
+                    continue
+                start, (end, _) = own[0].start, finder.end(index, required=False)
+            turns.append(Turn(index, start, end, weight))
+        return turns, closing
+
+    def _marked_turns(self, chat: Chat, found: Trace, weights: Sequence[float]) -> list[Turn]:
+        """Each generation block belongs to the assistant message whose content is in it, else to the next in order."""
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        blocks = [block for block in found.generated if found.text[slice(*block)].strip()]
+        turns: list[Turn] = []
+        owners: list[int] = []
+        for start, end in blocks:
+            inside = [s.message for s in found.spans if start <= s.start and s.end <= end and s.message >= 0]
+            owners.append(inside[0] if inside else -1)
+        for k, (start, end) in enumerate(blocks):
+            owner = owners[k]
+            if owner < 0:
+                previous = owners[k - 1] if k else -1
+                later = [i for i in answers if i > previous and i not in owners]
+                owner = owners[k] = later[0] if later and not found.of(later[0]) else previous
+            if owner < 0:
+                raise NotProvable("a generation block of the template belongs to no message")
+            if chat.messages[owner]["role"] != "assistant":
+                raise NotProvable(f"a generation block of the template holds message {owner}, which is no answer")
+            if weights[owner]:
+                turns.append(Turn(owner, start, end, weights[owner]))
+        absent = [i for i in answers if weights[i] and i not in owners]
+        if absent:
+            raise NotProvable(f"the template's generation blocks leave out answer {absent[0]}")
+        return turns
+
+    def _check_shown(self, chat: Chat, found: Trace) -> None:
+        """Every message is in the text: content once, tool calls with name and arguments."""
+        counts: dict[tuple[int, str], int] = {}
+        for span in found.spans:
+            counts[span.message, span.kind] = counts.get((span.message, span.kind), 0) + 1
+        wanted: dict[tuple[int, str], int] = {}
+        for piece in found.wanted:
+            wanted[piece] = wanted.get(piece, 0) + 1
+        for (message, kind), number in wanted.items():
+            if message < 0 or kind in ("reasoning", "other"):
+                continue
+            role = str(chat.messages[message]["role"])
+            seen = counts.get((message, kind), 0)
+            what = "the content of" if kind == "content" else f"a tool call's {kind} in"
+            if seen < number:
+                raise NotProvable(
+                    f"the template drops {what} message {message} ({role})",
+                    "give a template that prints it in model.chat_template, or change the row",
+                )
+            if seen > number and kind == "content" and role == "assistant":
+                raise NotProvable(f"the template prints {what} message {message} ({role}) more than once")
+
+    def _check_turns(self, chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:
+        """No content of another message inside a trained span; all of the message's own inside its spans."""
+        for turn in turns:
+            for span in found.spans:
+                if span.message != turn.message and span.start < turn.end and turn.start < span.end:
+                    raise NotProvable(f"content of message {span.message} lies in the trained span of {turn.message}")
+        for index in {turn.message for turn in turns}:
+            own = [turn for turn in turns if turn.message == index]
+            for span in found.of(index):
+                if span.kind == "other":
+                    continue
+                if not any(turn.start <= span.start and span.end <= turn.end for turn in own):
+                    raise NotProvable(f"the {span.kind} of message {index} is not wholly inside its trained span")
+            shown = "".join(found.text[turn.start : turn.end] for turn in own)
+            for leaf in _plain_leaves(chat.messages[index]):
+                if leaf not in shown:
+                    raise NotProvable(f"the template drops the argument {leaf} of a tool call in message {index}")
+
+    def _check_stop(self, chat: Chat, encoded: Encoded, inside: np.ndarray, turn: Turn) -> None:
+        """The last trained token that is not white space stops generation."""
+        if chat.messages[turn.message]["role"] != "assistant":
+            return
+        for i in np.flatnonzero(inside)[::-1]:
+            token = encoded.text[encoded.start_T[i] : encoded.end_T[i]]
+            if not token.strip():
+                continue
+            if int(encoded.ids_T[i]) in self.vocabulary.names:
+                return
+            break
+        raise NotProvable(
+            f"the answer of message {turn.message} does not end with a stop token",
+            "write {{ eos_token }} inside the assistant's turn in model.chat_template",
+        )
+
+    def _refusal(self, reason: str, chat: Chat | None, remedy: str | None, value: str | None = None) -> DataError:
+        where = self.template.name if chat is None else f"{chat.source} ({self.template.name})"
+        return DataError(
+            reason, where=where, value=value,
+            remedy=remedy or "give another template in model.chat_template, or one with {% generation %} markers",
+        )  # fmt: skip
+
+
+_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", False)
+
+
+def mask_chat(
+    template: Template, tokenizer: Any, chat: Chat, policy: MaskPolicy | None = None, stop_ids: Sequence[int] = ()
+) -> Masked:
+    """One conversation; a run makes one `Masker` and keeps it."""
+    return Masker(template, tokenizer, policy, stop_ids).mask(chat)
+
+
+def message_weights(chat: Chat, policy: MaskPolicy) -> list[float]:
+    """Loss weight of each message: its own where the row gives one, else 1 for the roles of the policy."""
+    weights = [1.0 if message["role"] in policy.roles else 0.0 for message in chat.messages]
+    if policy.last_turn_only:
+        last = max((i for i, weight in enumerate(weights) if weight), default=-1)
+        weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
+    if chat.weights is not None:
+        weights = [weight if own is None else float(own) for weight, own in zip(weights, chat.weights, strict=True)]
+    return weights
+
+
+def _checked_roles(chat: Chat) -> Chat:
+    for index, message in enumerate(chat.messages):
+        if message.get("role") not in ROLES:
+            raise DataError(
+                f"message {index} has an unknown role", where=str(chat.source), value=message.get("role"),
+                remedy="roles are " + ", ".join(ROLES),
+            )  # fmt: skip
+    return chat
+
+
+def _forms(chat: Chat) -> Iterator[Chat]:
+    """The same conversation as templates of different minds want it: arguments as text, content as a list of parts."""
+    yield chat
+    calls = any(message.get("tool_calls") for message in chat.messages)
+    if calls:
+        yield replace(chat, messages=[_with_text_arguments(message) for message in chat.messages])
+        if any(message.get("content") is None for message in chat.messages):
+            filled = [{**m, "content": m.get("content") or ""} for m in chat.messages]
+            yield replace(chat, messages=filled)
+            yield replace(chat, messages=[_with_text_arguments(message) for message in filled])
+    yield replace(chat, messages=[_with_parts(message) for message in chat.messages])
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or {})
+        if not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _plain_leaves(message: Mapping[str, Any]) -> list[str]:
+    """Numbers and truth values among the arguments of tool calls, as JSON writes them."""
+    found: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(json.dumps(value))
+
+    for call in message.get("tool_calls") or ():
+        walk((call.get("function") or {}).get("arguments"))
+    return found
+
+
+def _unshown(chat: Chat, found: Trace) -> int:
+    """Answers that have reasoning which the text does not show."""
+    shown = {span.message for span in found.spans if span.kind == "reasoning"}
+    given = {message for message, kind in found.wanted if kind == "reasoning"}
+    return len(given - shown)
+
+
+def _missing(text: str, found: Trace, tokenizer: Any) -> list[str]:
+    """Control strings that the template itself printed and that are not single tokens."""
+    if not missing_tokens([text], tokenizer):
+        return []
+    pieces: list[str] = []
+    position = 0
+    for span in _merged(found.spans):
+        pieces.append(text[position : span[0]])
+        position = max(position, span[1])
+    pieces.append(text[position:])
+    return missing_tokens(pieces, tokenizer)
+
+
+def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    made: list[tuple[int, int]] = []
+    for span in spans:
+        if made and span.start <= made[-1][1]:
+            made[-1] = (made[-1][0], max(made[-1][1], span.end))
+        else:
+            made.append((span.start, span.end))
+    return made
+
+
+__all__ = ["MaskPolicy", "Masked", "Masker", "REASONING_FIELDS", "Turn", "mask_chat", "message_weights"]

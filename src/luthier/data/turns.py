@@ -1,0 +1,260 @@
+"""Where an assistant's turn begins and ends in a rendered conversation: what inference supplies, and what stops it.
+
+Start: the generation prompt `P_i = render(messages[:i], add_generation_prompt)` is what inference supplies, so
+nothing of it is trained. Where P_i is a prefix of the whole text F, the turn starts at len(P_i). Where a template
+rewrites history or adds `<think>` to the prompt only, the header is what P_i has after its last content, and
+
+    start = end of the content before + longest common prefix of that header and F there
+
+cut at whole control tokens, never inside `<|`. What then stands between start and answer must be white space,
+thinking marks, or template text without a turn opener; otherwise the row is refused.
+
+End: the first stop token after the turn's last piece and before the next turn's opener. Which tokens close and open
+turns is learned once per template from four small renders (`learn`): `ends` close an answer that a user turn follows,
+`openers` begin turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
+tag: then that tag is trained, and an answer that ends the conversation gets the tag (`closing`) appended.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from luthier.contracts.errors import DataError
+from luthier.data.provenance import NotTraceable, Trace, trace
+from luthier.data.template import Template
+
+Message = Mapping[str, Any]
+_THINK = re.compile(
+    r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
+)
+_USER, _ANSWER = "probe one", "probe two"
+
+
+class NotProvable(Exception):
+    """The mask of this row cannot be shown to be right; `reason` is for people."""
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        self.reason, self.remedy = reason, remedy
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a template does around turns, learned from its renders. All of them strings of the text."""
+
+    header: str  # what a generation prompt adds to a closed user turn
+    lead: str  # what stands between that and a plain answer
+    openers: frozenset[str]  # control strings that begin a turn
+    ends: frozenset[str]  # control strings that close an answer
+    closing: str  # text appended where the last answer has no stop token; "" = never
+    tagged: bool  # True: an answer is ended by the next turn's opener
+
+
+def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
+    """Length of the common prefix that cuts no control string of either text."""
+    n = len(commonprefix([one, other]))
+    moved = True
+    while moved:
+        moved = False
+        for text in (one, other):
+            for found in controls.finditer(text, 0, min(len(text), n + 128)):
+                if found.start() < n < found.end():
+                    n, moved = found.start(), True
+    return n
+
+
+def learn(template: Template, controls: re.Pattern[str], stops: Collection[str]) -> Habits:
+    """The habits of a template, or NotProvable. `stops` are the stop tokens of tokenizer and generation config."""
+    user = {"role": "user", "content": _USER}
+    answer = {"role": "assistant", "content": _ANSWER}
+    try:
+        asked = _tail(template, [user], controls, prompt=False)[1]
+        prompted = _tail(template, [user], controls, prompt=True)[1]
+        between, last = _tail(template, [user, answer], controls, prompt=False)
+        history = _middle(template, [user, answer, user], controls)
+        first = _before(template, [user], controls)
+    except (NotTraceable, DataError) as error:
+        reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
+        raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
+    kept = atomic_prefix(asked, prompted, controls)
+    header = prompted[kept:]
+    lead = between[atomic_prefix(between, prompted, controls) :]
+    common = history[: atomic_prefix(history, last, controls)]
+    ends = {name for name in _names(common, controls)[-1:]}
+    ends |= {name for name in _names(common, controls) if name in stops}
+    if not ends:
+        ends |= {name for name in _names(last, controls)[-1:]}
+        closers = _names(asked[:kept], controls)[:1]
+        if closers and _names(history, controls)[:1] == closers:
+            ends |= set(closers)
+    ends |= {name for name in _names(last, controls) if name in stops and not common}
+    names = _names(history, controls)
+    after = next((i + 1 for i, name in enumerate(names) if name in ends or name in stops), 0)
+    openers = set(names[after : after + 1]) | set(_names(header, controls)[:1]) | set(_names(first, controls)[:1])
+    tagged = bool(names) and after == 0
+    closing = ""
+    if not _names(last, controls) and names:
+        tag = next(controls.finditer(history))
+        closing = history[len(common) : tag.end()] if last == common else tag.group()
+    return Habits(header, lead, frozenset(openers - ends), frozenset(ends), closing, tagged)
+
+
+def _names(text: str, controls: re.Pattern[str]) -> list[str]:
+    return controls.findall(text)
+
+
+def _tail(template: Template, messages: Sequence[Message], controls: re.Pattern[str], *, prompt: bool) -> tuple[str, str]:
+    """Text between the last two pieces of content (or before the only one), and after the last."""
+    found = trace(template, messages, add_generation_prompt=prompt)
+    spans = [span for span in found.spans if span.kind == "content"]
+    if len(spans) != len(messages):
+        raise NotTraceable("it prints the content of a message not once")
+    before = spans[-2].end if len(spans) > 1 else 0
+    return found.text[before : spans[-1].start], found.text[spans[-1].end :]
+
+
+def _middle(template: Template, messages: Sequence[Message], controls: re.Pattern[str]) -> str:
+    return _tail(template, messages, controls, prompt=False)[0]
+
+
+def _before(template: Template, messages: Sequence[Message], controls: re.Pattern[str]) -> str:
+    return _tail(template, messages, controls, prompt=False)[0]
+
+
+@dataclass
+class TurnFinder:
+    """Finds the turns of one conversation in its traced text."""
+
+    template: Template
+    controls: re.Pattern[str]
+    stops: frozenset[str]
+    habits: Habits
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None
+    whole: Trace
+
+    def bounds(self, index: int) -> tuple[int, int, int, int]:
+        """(end of the content before, first and last character of the message's own pieces, next content)."""
+        own = self.whole.of(index)
+        text = self.whole.text
+        others = [span for span in self.whole.spans if span.message != index]
+        if own:
+            first, last = own[0].start, max(span.end for span in own)
+            before = max((span.end for span in others if span.end <= first), default=0)
+            after = min((span.start for span in others if span.start >= last), default=len(text))
+            return before, first, last, after
+        before = max((span.end for span in others if -1 < span.message < index), default=0)
+        after = min((span.start for span in others if span.message > index), default=len(text))
+        return before, after, before, after
+
+    def start(self, index: int, *, with_prompt: bool = False) -> int:
+        """Where what the model writes begins. `with_prompt`: also what the prompt supplies after the role header."""
+        text = self.whole.text
+        before, first, _, _ = self.bounds(index)
+        empty = not self.whole.of(index)
+        try:
+            prompt = self.template.render(self.messages[:index], self.tools, True)
+        except DataError:
+            prompt = None
+        if prompt is not None and not with_prompt and text.startswith(prompt) and before <= len(prompt) <= first:
+            return self._checked(index, len(prompt), first)
+        if empty:
+            raise NotProvable(f"message {index} is empty, and the generation prompt before it is not a prefix of the text")
+        header = self._header(index, prompt)
+        region = text[before:first]
+        if header is not None:
+            if with_prompt:
+                thought = _THINK.search(header)
+                header = header[: thought.start()] if thought else header
+            shared = atomic_prefix(region, header, self.controls)
+            rest = region[shared:]
+            if shared == len(header) or not rest.strip() or not _THINK.sub("", rest).strip():
+                return self._checked(index, before + shared, first)
+            thought = _THINK.search(header)
+            aligned = _aligned(region, header) or (_aligned(region, header[: thought.start()]) if thought else None)
+            if aligned is not None:
+                return self._checked(index, before + aligned, first)
+        known = self.habits.header.strip()
+        if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
+            return self._checked(index, before + at + len(known), first)
+        raise NotProvable(
+            f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
+        )
+
+    def _header(self, index: int, prompt: str | None) -> str | None:
+        """What the generation prompt has after its last piece of content."""
+        if prompt is None:
+            return None
+        try:
+            found = trace(self.template, self.messages[:index], self.tools, add_generation_prompt=True, plain=prompt)
+        except NotTraceable:
+            return None
+        return prompt[max((span.end for span in found.spans if span.message >= 0), default=0) :]
+
+    def _checked(self, index: int, start: int, first: int) -> int:
+        """A start after which no turn header is left to be trained."""
+        rest = self.whole.text[start:first]
+        for name in self.controls.findall(rest):
+            if name in self.habits.openers:
+                raise NotProvable(f"the turn header {name} before message {index} would be trained")
+        if not self.habits.header and _THINK.sub("", self.habits.lead).strip():
+            raise NotProvable(
+                "the template has no generation prompt, so what inference supplies is not known",
+                "add {% if add_generation_prompt %} to the template",
+            )
+        return start
+
+    def end(self, index: int, *, required: bool = True) -> tuple[int, str]:
+        """Where the turn's stop token ends, and the text to append for it ("" almost always)."""
+        text = self.whole.text
+        _, _, last, after = self.bounds(index)
+        if not self.whole.of(index):
+            last = self.start(index)
+        closer: int | None = None
+        for found in self.controls.finditer(text, last, after):
+            name = found.group()
+            if name in self.habits.ends or name in self.stops:
+                return found.end(), ""
+            if name in self.habits.openers or (self.habits.tagged and _alike(name, self.habits.openers)):
+                if self.habits.tagged:
+                    return found.end(), ""
+                if closer is not None:
+                    return closer, ""
+                break
+            if not name.startswith("</"):
+                closer = found.end()
+        else:
+            if after == len(text) and self.habits.closing:
+                return len(text), self.habits.closing
+        if not required:
+            return last, ""
+        raise NotProvable(
+            f"no stop token follows message {index}",
+            "write {{ eos_token }} after the assistant's content in model.chat_template",
+        )
+
+
+def _aligned(region: str, header: str) -> int | None:
+    """Where `header` ends in `region` if they agree but for white space, and the region goes on with nothing visible."""
+    wanted = "".join(header.split())
+    if not wanted:
+        return None
+    at = 0
+    for position, letter in enumerate(region):
+        if letter.isspace():
+            continue
+        if letter != wanted[at]:
+            return None
+        at += 1
+        if at == len(wanted):
+            return position + 1
+    return None
+
+
+def _alike(name: str, openers: Collection[str]) -> bool:
+    """A role tag of the same make as the known openers: `<|observation|>` beside `<|user|>`."""
+    return any(name[:2] == other[:2] and name[-2:] == other[-2:] and not name.startswith("</") for other in openers)
