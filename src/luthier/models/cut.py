@@ -60,7 +60,7 @@ def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
                 _narrow(config)
         with torch.device("cpu"):
             made = type(model)(config)
-    except Exception:  # a family that does not accept these numbers; the next candidate is tried
+    except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
         return None
     return made.float()
 

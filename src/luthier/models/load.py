@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import ModelError
-from luthier.models.attention import native_attention
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
+from luthier.models.switch import native_attention
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import ModelSection
@@ -87,7 +87,7 @@ def _model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[
     where = str(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, **_LOCAL)
-    except Exception as error:  # the loader raises whatever it likes; the person needs one line
+    except Exception as error:  # the loader raises whatever it likes
         raise ModelError(f"transformers cannot read it: {_first(error)}", where=where, value=model_type) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError("not a causal language model that transformers knows", where=where, value=model_type)

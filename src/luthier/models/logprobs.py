@@ -37,7 +37,7 @@ def token_logprobs(
     targets_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    head_map: HeadMap = HeadMap(),  # noqa: B008 (frozen)
+    head_map: HeadMap = HeadMap(),
     chunk_rows: int = 256,
 ) -> Tensor:
     """logprobs_N, float32, differentiable once in hidden, weight and bias."""
@@ -61,7 +61,7 @@ def token_logprobs_plain(
     targets_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    head_map: HeadMap = HeadMap(),  # noqa: B008 (frozen)
+    head_map: HeadMap = HeadMap(),
 ) -> Tensor:
     """The twin: full logits, log-softmax, gather."""
     logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)

@@ -17,24 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
-from luthier.models.attention import ForestMask, forest_attention, native_attention, witnessed
+from luthier.models.attention import ForestMask, forest_attention, witnessed
 from luthier.models.cut import subjects
+from luthier.models.head import find_head_map, relative_difference
 from luthier.models.kernels.varlen import varlen_refusal
 from luthier.models.logprobs import HeadMap, gather_logprobs
 from luthier.models.shapes import decoder_layers
+from luthier.models.switch import native_attention
 from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.models.unpacked import leaves
 
 LOGITS, GRADIENTS, NOISE, CAUSAL = 1e-5, 2e-4, 1e-4, 1e-3
-_LOUD = 50.0
 _PARENTS = (-1, 0, 1, 1, 0, -1, 5, 5, -1)  # a tree, a star, a lone root
 _LENGTHS = (11, 9, 13, 8, 7, 12, 9, 10, 17)
 
@@ -80,50 +79,6 @@ def probe_batch(vocabulary: int, parents: tuple[int, ...] = _PARENTS, lengths: t
     )
 
 
-def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
-    """How logits come from the decoder's hidden rows: verified in numbers, None where no simple form fits."""
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return None
-    try:
-        with torch.no_grad(), native_attention(model):
-            hidden = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
-            gain = _LOUD / head(hidden).abs().max().item()  # a soft cap shows only in large logits
-            plain = head(hidden * gain).float()
-            with _amplified(model.base_model, gain):
-                logits = model(input_ids=tokens_T[None], use_cache=False).logits.float()
-    except Exception:  # a decoder that cannot be called alone: the whole model is
-        return None
-    if plain.shape != logits.shape:
-        return None
-    config = model.config.get_text_config()
-    divisor = getattr(config, "logits_scaling", None)
-    scales = [1.0, 1.0 / divisor if divisor else None]
-    scales += [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
-    scales.append((plain * logits).sum().item() / plain.square().sum().item())
-    for softcap in (None, getattr(config, "final_logit_softcapping", None)):
-        for scale in scales:
-            candidate = HeadMap(1.0 if scale is None else float(scale), softcap)
-            if _apart(candidate.apply(plain), logits) <= LOGITS:
-                return candidate
-    return None
-
-
-@contextmanager
-def _amplified(decoder: nn.Module, gain: float) -> Iterator[None]:
-    """Within it the decoder's hidden rows are `gain` times as large."""
-
-    def louder(module: nn.Module, args: object, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * gain
-        return output
-
-    handle = decoder.register_forward_hook(louder)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def packing_refusal(config: object) -> str | None:
     """Settings that make a row depend on where in the pack it lies, though a short probe may not show it."""
     parts = [config, config.get_text_config()]  # type: ignore[attr-defined]
@@ -146,7 +101,8 @@ def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) 
     if attention != "unpacked":
         reason = packing_refusal(model.config) or _differs(subject, "forest", head_map, batch, evidence) or ""
         if not reason:
-            kernel = choose_kernel(model)
+            parameter = next(model.parameters())
+            kernel, _ = choose_kernel(parameter.device, parameter.dtype)
             return TrunkFacts("forest", "", kernel, head_map, evidence)
         if attention == "forest":
             raise ModelError(
@@ -173,13 +129,13 @@ def _differs(
         if path == "forest" and len(set(seen)) < max(1, len(layers)):
             return f"attention ran in {len(set(seen))} of {len(layers)} layers"
         gradients = _gradients(subject, (trunk.logprobs(batch) * batch.weights_N.to(logits_NV.device)).sum())
-    except Exception as error:  # any failure of a foreign family is a reason, never a crash of the run
+    except Exception as error:  # noqa: BLE001 any failure of a foreign family is a reason, never a crash of the run
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
     finally:
         trunk.close()
     expected_NV, expected = _alone(subject, batch)
-    off = _apart(logits_NV, expected_NV)
+    off = relative_difference(logits_NV, expected_NV)
     limit = min(NOISE, max(LOGITS, 4 * evidence["noise"]))
     evidence[f"{path}_logits"] = off
     if not off <= limit:
@@ -226,11 +182,6 @@ def _gradients_apart(found: list[Tensor | None], expected: list[Tensor | None]) 
     return worst
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
-    off = ((found - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
-    return off if off == off else float("inf")
-
-
 def _batch_for(subject: nn.Module) -> Batch:
     vocabulary = subject.get_input_embeddings().weight.shape[0]
     device = next(subject.parameters()).device
@@ -247,7 +198,7 @@ def _first_that_runs(model: nn.Module) -> tuple[nn.Module, float]:
         with _undisturbed(subject):
             try:
                 noise = _noise(subject, _batch_for(subject).tokens_T[:40])
-            except Exception as error:  # a cut that this family does not accept, or a model that cannot run
+            except Exception as error:  # noqa: BLE001 a cut that this family does not accept, or a model that cannot run
                 lines = str(error).splitlines() or [""]
                 problem = f"{type(error).__name__}: {lines[0][:200]}"
                 continue
@@ -266,26 +217,28 @@ def _noise(subject: nn.Module, tokens_T: Tensor) -> float:
     with native_attention(subject):
         whole = subject(input_ids=tokens_T[None], use_cache=False).logits[0]
         part = subject(input_ids=tokens_T[None, : len(tokens_T) // 2], use_cache=False).logits[0]
-    return _apart(whole[: len(part)], part)
+    return relative_difference(whole[: len(part)], part)
 
 
-def choose_kernel(model: nn.Module) -> str:
-    """`varlen` where the device has it and it agrees with the per-segment path, else `sdpa`."""
-    parameter = next(model.parameters())
-    if varlen_refusal(parameter.device, parameter.dtype) is not None:
-        return "sdpa"
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(`varlen`, "") where the device has the kernel and it agrees with the per-segment path, else (`sdpa`, why)."""
+    refusal = varlen_refusal(device, dtype)
+    if refusal is not None:
+        return "sdpa", refusal
     forest = probe_batch(32).forest
-    made = torch.Generator(device=parameter.device).manual_seed(3)
-    qkv = [
-        torch.randn(1, heads, forest.tokens, 64, generator=made, device=parameter.device).to(parameter.dtype)
-        for heads in (4, 2, 2)
-    ]
-    try:
-        fast, _ = forest_attention(nn.Identity(), *qkv, ForestMask(forest, kernel="varlen"))
-    except Exception:  # a build without the kernel: the per-segment path runs everywhere
-        return "sdpa"
-    plain, _ = forest_attention(nn.Identity(), *[x.float() for x in qkv], ForestMask(forest))
-    return "varlen" if F.mse_loss(fast.float(), plain).sqrt().item() < 1e-2 else "sdpa"
+    made = torch.Generator(device=device).manual_seed(3)
+    q, k, v = (torch.randn(1, heads, forest.tokens, 64, generator=made, device=device) for heads in (4, 2, 2))
+    layer = nn.Identity()
+    for window in (None, 8):
+        try:
+            mask = ForestMask(forest, window, kernel="varlen")
+            fast, _ = forest_attention(layer, q.to(dtype), k.to(dtype), v.to(dtype), mask)
+        except Exception as error:  # noqa: BLE001 a build without it: the per-segment path runs everywhere
+            return "sdpa", f"the variable-length kernel raises {type(error).__name__}: {error}"
+        plain, _ = forest_attention(layer, q, k, v, ForestMask(forest, window))
+        if not relative_difference(fast.float(), plain) <= 2e-2:
+            return "sdpa", "the variable-length kernel disagrees with the per-segment path"
+    return "varlen", ""
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from luthier.contracts.batch import Batch
-from luthier.models.attention import forest_context, native_attention, switch_in, switch_out
+from luthier.models.attention import forest_context
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
+from luthier.models.switch import native_attention, switch_in, switch_out
 from luthier.models.unpacked import Path, paths_of
 
 _CHUNK_ROWS = 256
@@ -46,7 +47,7 @@ class TrunkFacts:
 class Trunk:
     """`open_trunk(model)` makes one; `logprobs(batch)` is all the engine calls."""
 
-    def __init__(self, model: nn.Module, facts: TrunkFacts = TrunkFacts()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, model: nn.Module, facts: TrunkFacts = TrunkFacts()) -> None:
         self.model, self.facts = model, facts
         self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         if facts.path == "forest":

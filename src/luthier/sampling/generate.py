@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.contracts.errors import ModelError
-from luthier.models.attention import native_attention
+from luthier.models.switch import native_attention
 
 _STATEFUL = ("mamba", "linear_attention", "conv", "recurrent", "hybrid", "sparse")
 
@@ -96,7 +96,7 @@ def stream_tokens(
             arrived.put(None)
         except _Abandoned:
             arrived.put(None)
-        except BaseException as error:  # handed to the reader, who raises it
+        except BaseException as error:  # noqa: BLE001 handed to the reader, who raises it
             arrived.put(error)
 
     worker = threading.Thread(target=work, daemon=True)

@@ -70,6 +70,7 @@ def varlen_attention(
         q, k, v, ends_q, ends_k, max(plan.query_lengths), max(plan.key_lengths),
         scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    assert isinstance(out, Tensor)
     return out[..., :width]
 
 
