@@ -28,7 +28,7 @@ import numpy as np
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
 from luthier.data.provenance import NotTraceable, Span, Trace, trace
-from luthier.data.template import REASONING_FIELDS, Template
+from luthier.data.template import Template, in_parts
 from luthier.data.tokens import missing_tokens, not_atomic
 from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
@@ -91,18 +91,25 @@ class Masker:
 
     @cached_property
     def habits(self) -> Habits:
-        """Learned on first use; a template that cannot be followed is refused here, by name."""
-        try:
-            return learn(self.template, self.vocabulary.pattern, self.stops)
-        except NotProvable as error:
-            raise self._refusal(error.reason, None, error.remedy) from None
+        """Learned on first use, with a tool where the template wants one; NotProvable where it cannot be followed."""
+        failure: NotProvable | None = None
+        for tools in (None, _PROBE_TOOLS):
+            try:
+                return learn(self.template, self.vocabulary.pattern, self.stops, tools)
+            except NotProvable as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that generation must stop at: those given, and those that this mask trains as stops."""
         learned = set(self.stops)
         if not self.template.has_markers:
-            learned |= self.habits.ends | (self.habits.openers if self.habits.tagged else frozenset())
+            try:
+                learned |= self.habits.ends | (self.habits.openers if self.habits.tagged else frozenset())
+            except NotProvable:
+                pass  # no answer can be masked either, and each is refused with the reason
         return tuple(sorted(self.vocabulary.control[name] for name in learned))
 
     def mask(self, chat: Chat) -> Masked:
@@ -214,7 +221,7 @@ class Masker:
         """Control strings that begin and end turns: even an assistant's own text must not forge them."""
         special = {self.tokenizer.bos_token, self.tokenizer.eos_token}
         try:
-            habits = learn(self.template, self.vocabulary.pattern, self.stops)
+            habits = self.habits
         except NotProvable:
             habits = _NO_HABITS
         return frozenset(name for name in {*special, *self.stops, *habits.ends, *habits.openers} if name)
@@ -330,6 +337,11 @@ class Masker:
         )  # fmt: skip
 
 
+_PROBE_TOOLS = (
+    {"type": "function", "function": {"name": "probe", "description": "probe", "parameters": {
+        "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
+    }}},
+)  # fmt: skip
 _NO_HABITS = Habits("", "", frozenset(), frozenset(), "", False)
 
 
@@ -371,7 +383,7 @@ def _forms(chat: Chat) -> Iterator[Chat]:
             filled = [{**m, "content": m.get("content") or ""} for m in chat.messages]
             yield replace(chat, messages=filled)
             yield replace(chat, messages=[_with_text_arguments(message) for message in filled])
-    yield replace(chat, messages=[_with_parts(message) for message in chat.messages])
+    yield replace(chat, messages=in_parts(chat.messages))
 
 
 def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -384,11 +396,6 @@ def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
             function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
         calls.append({**call, "function": function})
     return {**message, "tool_calls": calls}
-
-
-def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _plain_leaves(message: Mapping[str, Any]) -> list[str]:
@@ -440,4 +447,4 @@ def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
     return made
 
 
-__all__ = ["MaskPolicy", "Masked", "Masker", "REASONING_FIELDS", "Turn", "mask_chat", "message_weights"]
+__all__ = ["MaskPolicy", "Masked", "Masker", "Turn", "mask_chat", "message_weights"]

@@ -39,6 +39,7 @@ class Span:
     kind: str  # content | reasoning | name | argument | other
     start: int
     end: int
+    piece: int  # which of the wrapped pieces
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,14 @@ class Trace:
     wanted: tuple[tuple[int, str], ...]  # (message, kind) of every piece that was wrapped
 
     def of(self, message: int) -> list[Span]:
-        return [span for span in self.spans if span.message == message]
+        """Where each piece of a message stands first: GPT-OSS prints a call's name again before its result."""
+        seen: set[int] = set()
+        found = []
+        for span in self.spans:
+            if span.message == message and span.piece not in seen:
+                seen.add(span.piece)
+                found.append(span)
+        return found
 
 
 class NotTraceable(Exception):
@@ -153,7 +161,8 @@ class _Wrapper:
             elif code % 2 == 0:
                 opened[code // 2 - 1] = length
             elif (start := opened.pop(code // 2 - 1, None)) is not None:
-                spans.append(Span(*self.pieces[code // 2 - 1], start, length))
+                piece = code // 2 - 1
+                spans.append(Span(*self.pieces[piece], start, length, piece))
         out.append(marked[position:])
         spans.sort(key=lambda span: (span.start, span.end))
         return Trace("".join(out), tuple(spans), tuple(sorted(generated)), tuple(self.pieces))

@@ -41,7 +41,8 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _MARKS = "luthier_marks"  # render variable: (opening, closing) around each generation block
 # what a special token can look like; `tokens.py` decides which of them must be atomic
 MARKUP = re.compile(
-    r"<\|[^<>|\s]{1,60}\|>|<｜[^<>\n]{1,60}｜>|</?[A-Za-z_][\w:.\-]{0,60}>|\[/?[A-Z][A-Z_]{1,40}\]|\[gMASK\]"
+    r"<\|[^<>|\s]{1,60}\|?>|<[A-Za-z_/]\w{0,60}\|>|<｜[^<>\n]{1,60}｜>|</?[A-Za-z_][\w:.\-]{0,60}>|\[/?[A-Z][A-Z_]{1,40}\]|\[gMASK\]"
+    r"|\[\|[^\[\]|\s]{1,60}\|\]"
 )
 
 
@@ -134,10 +135,12 @@ class Template:
         made = []
         for messages in _PROBES:
             for prompt in (False, True):
-                try:
-                    made.append(self.render(messages, add_generation_prompt=prompt))
-                except DataError:
-                    continue
+                for shown in (messages, in_parts(messages)):
+                    try:
+                        made.append(self.render(shown, add_generation_prompt=prompt))
+                    except DataError:
+                        continue
+                    break
         return made
 
     def _fail(self, what: str, detail: str | None) -> NoReturn:
@@ -189,6 +192,14 @@ def open_template(
     return Template(chat_template["default"], special, name, tool_use=chat_template.get("tool_use"))
 
 
+def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with content as a list of one text part, the only form that some templates take."""
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+        for m in messages
+    ]
+
+
 def _alias_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers does: keys that are None are absent; reasoning is found under all of its names."""
     shown = {key: value for key, value in message.items() if value is not None}
@@ -237,17 +248,17 @@ class _Namespace(jinja2.utils.Namespace):
         self, args = args[0], args[1:]
         attributes = dict(*args, **kwargs)
         for name in attributes:
-            self._check(name)
+            _check_name(name)
         jinja2.utils.Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_name(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
 
 
 class _Dict:

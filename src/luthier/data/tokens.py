@@ -3,7 +3,7 @@
 A chat template writes turns with strings such as `<|im_start|>`. If the tokenizer does not know such a string as
 one added token, it falls into pieces, the model never sees a turn boundary, and text in a row can forge one. Rule:
 
-    must be one token    `<|...|>` and `<｜...｜>` always; `<...>` where it names a turn or a sequence
+    must be one token    `<|...|>`, `<｜...｜>` and `[|...|]` always; `<...>` where it names a turn or a sequence
                          (`<start_of_turn>`, `<end_of_utterance>`, `<seed:bos>`, `<s>`, `</s>`)
     may be plain text    `[INST]`, `[/INST]` (Llama-2 and Mistral v1 write them so), `### Instruction:`, `USER:`,
                          `<think>`, `<tool_call>`, `<tools>` and other tags of content
@@ -27,7 +27,7 @@ _SEQUENCE_TAG = re.compile(r"</?(s|bos|eos|sop|eop)>|</?[\w.\-]*(_of_|turn)[\w.\
 
 def must_be_atomic(text: str) -> bool:
     """Whether a piece of markup is of a form that only works as one token."""
-    return text.startswith(("<|", "<｜")) or bool(_SEQUENCE_TAG.fullmatch(text))
+    return text.startswith(("<|", "<｜", "[|")) or text.endswith("|>") or bool(_SEQUENCE_TAG.fullmatch(text))
 
 
 def missing_tokens(texts: Iterable[str], tokenizer: Any) -> list[str]:

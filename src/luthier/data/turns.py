@@ -25,9 +25,10 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.data.provenance import NotTraceable, Trace, trace
-from luthier.data.template import Template
+from luthier.data.template import Template, in_parts
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
 _THINK = re.compile(
     r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
 )
@@ -67,16 +68,15 @@ def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
     return n
 
 
-def learn(template: Template, controls: re.Pattern[str], stops: Collection[str]) -> Habits:
+def learn(template: Template, controls: re.Pattern[str], stops: Collection[str], tools: Tools = None) -> Habits:
     """The habits of a template, or NotProvable. `stops` are the stop tokens of tokenizer and generation config."""
     user = {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
     try:
-        asked = _tail(template, [user], controls, prompt=False)[1]
-        prompted = _tail(template, [user], controls, prompt=True)[1]
-        between, last = _tail(template, [user, answer], controls, prompt=False)
-        history = _middle(template, [user, answer, user], controls)
-        first = _before(template, [user], controls)
+        first, asked = _around(template, [user], tools, prompt=False)
+        prompted = _around(template, [user], tools, prompt=True)[1]
+        between, last = _around(template, [user, answer], tools, prompt=False)
+        history = _around(template, [user, answer, user], tools, prompt=False)[0]
     except (NotTraceable, DataError) as error:
         reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
         raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
@@ -107,22 +107,22 @@ def _names(text: str, controls: re.Pattern[str]) -> list[str]:
     return controls.findall(text)
 
 
-def _tail(template: Template, messages: Sequence[Message], controls: re.Pattern[str], *, prompt: bool) -> tuple[str, str]:
+def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
     """Text between the last two pieces of content (or before the only one), and after the last."""
-    found = trace(template, messages, add_generation_prompt=prompt)
-    spans = [span for span in found.spans if span.kind == "content"]
-    if len(spans) != len(messages):
-        raise NotTraceable("it prints the content of a message not once")
-    before = spans[-2].end if len(spans) > 1 else 0
-    return found.text[before : spans[-1].start], found.text[spans[-1].end :]
-
-
-def _middle(template: Template, messages: Sequence[Message], controls: re.Pattern[str]) -> str:
-    return _tail(template, messages, controls, prompt=False)[0]
-
-
-def _before(template: Template, messages: Sequence[Message], controls: re.Pattern[str]) -> str:
-    return _tail(template, messages, controls, prompt=False)[0]
+    failure: Exception | None = None
+    for shown in (messages, in_parts(messages)):
+        try:
+            found = trace(template, shown, tools, add_generation_prompt=prompt)
+        except (DataError, NotTraceable) as error:
+            failure = failure or error
+            continue
+        spans = [span for span in found.spans if span.kind == "content"]
+        if len(spans) == len(messages):
+            before = spans[-2].end if len(spans) > 1 else 0
+            return found.text[before : spans[-1].start], found.text[spans[-1].end :]
+        failure = failure or NotTraceable("it does not print the content of every message once")
+    assert failure is not None
+    raise failure
 
 
 @dataclass
@@ -161,11 +161,11 @@ class TurnFinder:
         except DataError:
             prompt = None
         if prompt is not None and not with_prompt and text.startswith(prompt) and before <= len(prompt) <= first:
-            return self._checked(index, len(prompt), first)
-        if empty:
-            raise NotProvable(f"message {index} is empty, and the generation prompt before it is not a prefix of the text")
+            return len(prompt) if empty else self._checked(index, len(prompt), first)
         header = self._header(index, prompt)
         region = text[before:first]
+        if empty:
+            return before + self._empty_start(index, region, header)
         if header is not None:
             if with_prompt:
                 thought = _THINK.search(header)
@@ -184,6 +184,15 @@ class TurnFinder:
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
+
+    def _empty_start(self, index: int, region: str, header: str | None) -> int:
+        """An empty answer begins where its whole header ends; nothing less is taken."""
+        if header:
+            if region.startswith(header):
+                return len(header)
+            if (aligned := _aligned(region, header, whole=False)) is not None:
+                return aligned
+        raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
 
     def _header(self, index: int, prompt: str | None) -> str | None:
         """What the generation prompt has after its last piece of content."""
@@ -238,8 +247,8 @@ class TurnFinder:
         )
 
 
-def _aligned(region: str, header: str) -> int | None:
-    """Where `header` ends in `region` if they agree but for white space, and the region goes on with nothing visible."""
+def _aligned(region: str, header: str, *, whole: bool = True) -> int | None:
+    """Where `header` ends in `region` if they agree but for white space (`whole`: nothing visible may follow)."""
     wanted = "".join(header.split())
     if not wanted:
         return None
@@ -251,7 +260,7 @@ def _aligned(region: str, header: str) -> int | None:
             return None
         at += 1
         if at == len(wanted):
-            return position + 1
+            return None if whole and region[position + 1 :].strip() else position + 1
     return None
 
 

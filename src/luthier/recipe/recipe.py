@@ -81,11 +81,12 @@ class MaskSection(Section):
         ("assistant",), "Roles whose words are trained; add user to model both sides.", min_length=1
     )
     last_turn_only: Bool = _field(False, "Train the last assistant turn only, when earlier turns are of lower quality.")
-    thinking: Literal["as_template", "keep", "drop"] = _field(
-        "as_template", "What happens to reasoning text; as_template leaves it to the chat template."
+    thinking: Literal["as_template", "split", "keep_all"] = _field(
+        "as_template",
+        "Reasoning: as_template trains what the template shows; split makes one row per answer; keep_all shows all of it.",
     )
     train_generation_prompt: Bool = _field(
-        False, "Also train the tokens that open a turn; only for templates that a model has never seen."
+        False, "Also train what the generation prompt adds after the role header, such as <think>."
     )
 
 
@@ -109,7 +110,7 @@ class DataSection(Section):
     bad_rows: Literal["strict", "quarantine"] = _field(
         "strict", "strict stops at rows that cannot be read; quarantine writes them to rejects.jsonl and goes on."
     )
-    injection: Literal["escape", "error"] = _field(
+    injection: Literal["escape", "error", "allow"] = _field(
         "escape", "Control strings inside content become ordinary text (escape) or stop the run (error)."
     )
 
