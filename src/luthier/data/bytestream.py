@@ -56,10 +56,13 @@ def lines(path: str, cap: int = MAX_LINE_BYTES) -> Iterator[Line]:
             number, start, size = number + 1, offset, len(data)
             _refuse_utf16(path, data if number == 1 else b"")
             whole: bytes | None = data
-            while not data.endswith(b"\n") and len(data) == cap + 2:
-                whole = None
-                data = _read(path, offset + size, lambda: stream.readline(cap + 2))
-                size += len(data)
+            if len(data) == cap + 2 and not data.endswith(b"\n"):
+                whole, data = None, b""
+                while not data.endswith(b"\n"):
+                    data = _read(path, offset + size, lambda: stream.readline(_CHUNK))
+                    size += len(data)
+                    if not data:
+                        break
             offset += size
             if whole is not None:
                 whole = whole.removesuffix(b"\n").removesuffix(b"\r")

@@ -131,7 +131,7 @@ def from_json(value: Any, source: Source, place: str) -> Any:
     try:
         return parse(value)
     except Fault as fault:
-        raise wrong(f"not JSON ({fault.what})", source, place, remedy=fault.remedy or "write valid JSON") from fault
+        raise wrong(f"not JSON ({fault.what})", source, place, remedy=fault.remedy) from fault
 
 
 def check_order(messages: Sequence[Mapping[str, Any]], source: Source, field: str) -> None:

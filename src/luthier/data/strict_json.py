@@ -21,7 +21,8 @@ class Fault(ValueError):
     """What is wrong with a JSON text; `position` counts characters from 0."""
 
     def __init__(self, what: str, position: int, *, remedy: str | None = None, cut: bool = False) -> None:
-        self.what, self.position, self.remedy, self.cut = what, position, remedy, cut
+        self.what, self.position, self.cut = what, position, cut
+        self.remedy = remedy or "write valid JSON there"
         super().__init__(what)
 
 

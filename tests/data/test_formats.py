@@ -1,0 +1,167 @@
+"""Formats: each shape read as its field reads it, wrong turns named by field, private text never in an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.contracts.errors import DataError
+from luthier.contracts.record import Chat, Completion, Source, Text
+from luthier.data.detect import known, named, pick, records
+
+AT = Source("rows.jsonl", 7)
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def read(row: dict[str, Any]) -> Any:
+    return pick([(row, AT)]).read(row, AT)
+
+
+def roles(chat: Chat) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in chat.messages]
+
+
+def test_messages_with_weights_parts_and_reasoning() -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]}
+    thinks = {"role": "assistant", "content": "c", "weight": 0, "reasoning": "r"}
+    chat = read({"messages": [parts, thinks, USER, {**ANSWER, "loss_weight": 1.0}], "tools": ""})
+    assert roles(chat) == [("user", "ab"), ("assistant", "c"), ("user", "q"), ("assistant", "a")]
+    assert chat.weights == (None, 0.0, None, 1.0) and chat.tools is None and chat.source == AT
+    assert chat.messages[1]["reasoning_content"] == "r"
+    assert read({"messages": [USER, ANSWER]}).weights is None
+    assert read({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}) == read(
+        {"messages": [USER, ANSWER]}
+    )
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ],
+)
+def test_tool_calls_have_one_form(turn: dict[str, Any]) -> None:
+    result = {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"}
+    chat = read({"messages": [USER, turn, result, result, ANSWER], "tools": '[{"name": "f", "parameters": {}}]'})
+    assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert chat.messages[2] == result
+    assert chat.tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+
+
+def test_sharegpt_with_a_call() -> None:
+    turns = [
+        {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "{}"}, {"from": "gpt", "value": "a", "weight": 0},
+    ]  # fmt: skip
+    chat = read({"conversations": turns, "system": "s", "tools": "[]"})
+    assert roles(chat) == [("system", "s"), ("user", "q"), ("assistant", ""), ("tool", "{}"), ("assistant", "a")]
+    assert chat.messages[2]["tool_calls"] == [CALL] and chat.weights == (None, None, None, None, 0.0)
+
+
+def test_alpaca_prompt_completion_and_text() -> None:
+    row = {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["u", "v"]], "text": "t"}
+    assert roles(read(row)) == [
+        ("system", "s"),
+        ("user", "u"),
+        ("assistant", "v"),
+        ("user", "i\nx"),
+        ("assistant", "o"),
+    ]
+    assert roles(read({"instruction": "i", "input": "", "output": "o"})) == [("user", "i"), ("assistant", "o")]
+    for asked, given in (("prompt", "completion"), ("question", "answer"), ("instruction", "response")):
+        assert read({asked: "p", given: "c", "id": 3}) == Completion("p", "c", AT)
+    both = read({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert both.weights == (0.0, 0.0, 0.0, None)
+    assert read({"text": " t "}) == Text(" t ", AT)
+
+
+SECRET = "very private words"
+WRONG: list[tuple[list[Any], str, str]] = [
+    ([], "messages", "no messages"),
+    ([{"role": "wizard", "content": SECRET}], "messages[0].role", "'wizard'"),
+    ([{"content": SECRET}], "messages[0].role", "null"),
+    ([USER], "messages[0].role", "last turn"),
+    ([USER, ANSWER, {"role": "user", "content": SECRET}], "messages[2].role", "last turn"),
+    ([ANSWER], "messages[0].role", "cannot stand first"),
+    ([USER, {"role": "user", "content": SECRET}, ANSWER], "messages[1].role", "join the two turns"),
+    ([USER, ANSWER, {"role": "system", "content": SECRET}, USER, ANSWER], "messages[2].role", "system"),
+    ([USER, ANSWER, {"role": "tool", "content": SECRET}, ANSWER], "messages[2].role", "tool_calls"),
+    ([USER, {"role": "assistant", "content": "  "}], "messages[1].content", "white space"),
+    ([USER, {"role": "assistant", "content": None}], "messages[1].content", "null"),
+    ([USER, {"role": "assistant", "content": 5}], "messages[1].content", "int"),
+    ([USER, {"role": "assistant", "content": {"a": SECRET}}], "messages[1].content", "dict"),
+    ([{"role": "user", "content": [{"type": "image", "image": SECRET}]}, ANSWER], "messages[0].content[0]", "image"),
+    ([USER, SECRET], "messages[1]", "str"),
+    ([USER, {**ANSWER, "weight": "yes"}], "messages[1].weight", "str"),
+    ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], "messages[1].tool_calls[0]", "no name"),
+    (
+        [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{x"}]}],
+        "messages[1].tool_calls[0].arguments",
+        "not JSON",
+    ),
+    ([{**USER, "tool_calls": [CALL]}, ANSWER], "messages[0].tool_calls", "assistant"),
+]
+
+
+@pytest.mark.parametrize(("messages", "field", "says"), WRONG)
+def test_wrong_turns_are_named_by_field(messages: list[Any], field: str, says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read({"messages": messages})
+    line = caught.value.line()
+    assert f"rows.jsonl:7:{field} " in line + " " and says in line and SECRET not in line
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "elf", "value": SECRET}]},
+            "conversations[1].from",
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "conversations[1].value"),
+        ({"conversations": None}, "conversations"),
+        ({"instruction": "i", "output": ""}, "output"),
+        ({"instruction": "i", "output": "o", "history": [SECRET]}, "history[0]"),
+        ({"prompt": "p", "completion": None}, "completion"),
+        ({"prompt": 3, "completion": SECRET}, "prompt"),
+        ({"text": "\n"}, "text"),
+        ({"messages": [USER, ANSWER], "tools": SECRET}, "tools"),
+    ],
+)
+def test_wrong_fields_of_other_formats(row: dict[str, Any], field: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(row)
+    assert caught.value.where == f"rows.jsonl:7:{field}" and SECRET not in caught.value.line()
+
+
+def test_one_format_per_file() -> None:
+    rows = [({"text": "a"}, Source("f", 1)), ({"prompt": "p", "completion": "c"}, Source("f", 2)), ({"text": "b"}, AT)]
+    bad: list[DataError] = []
+    found = list(records(iter(rows), lambda error, _: bad.append(error)))
+    assert [record.source.line for record in found] == [1, 7]
+    assert [error.where for error in bad] == ["f:2"] and "prompt, completion" in bad[0].line()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"a": 1}, "alpaca: instruction"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "preference"),
+        ({}, "no column"),
+    ],
+)
+def test_unknown_columns_are_listed(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        pick([(row, AT)])
+
+
+def test_every_format_is_found_by_its_file() -> None:
+    assert [item.NAME for item in known()] == ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    assert named("alpaca").NAME == "alpaca"
+    with pytest.raises(DataError, match="did you mean sharegpt"):
+        named("share_gpt")
