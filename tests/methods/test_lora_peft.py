@@ -149,7 +149,10 @@ def test_our_file_in_peft(case: Case, tmp_path: Path) -> None:
     oracle = peft.PeftModel.from_pretrained(base(case.family), tmp_path / "a")
     torch.testing.assert_close(logits(model), logits(oracle), atol=1e-5, rtol=1e-4)
     oracle.save_pretrained(tmp_path / "b", save_embedding_layers=False)
-    first, second = load_file(tmp_path / "a/adapter_model.safetensors"), load_file(tmp_path / "b/adapter_model.safetensors")
+    first, second = (
+        load_file(tmp_path / "a/adapter_model.safetensors"),
+        load_file(tmp_path / "b/adapter_model.safetensors"),
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -223,6 +223,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     """State of the base under its original names, detached, nothing of any site; tied weights stay one object."""
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Site)]
     kept = {name: getattr(module, _ORIGINAL + attribute) for name, module, attribute in trained_in_place(model)}
+    kept = {} if getattr(model, "luthier_off", False) else kept  # switched off: the originals are in their places
     seen: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
