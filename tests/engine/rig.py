@@ -1,7 +1,7 @@
 """The test rig: a tiny Llama, a few dozen made-up rows, the real loop. Also a server that forks one run per request.
 
 As a program it imports torch once, then reads requests from stdin, one JSON line each: {"directory": ...,
-"options": {...}, "environment": {...}}; it forks, answers {"pid": ...}, waits, answers {"code": ...}
+"options": {...}, "environment": {...}}; it forks and answers {"pid": ...}; at the next line it waits and answers {"code": ...}
 (negative: the signal that killed it). The server itself never computes anything, so forking is safe.
 """
 
@@ -13,7 +13,6 @@ import random
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +164,10 @@ class Server:
         return int(self._answer()["pid"])
 
     def wait(self) -> int:
+        """The exit code; until this is called the process id stays the run's, even if it is dead."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("{}\n")
+        self._process.stdin.flush()
         return int(self._answer()["code"])
 
     def run(self, directory: Path, environment: dict[str, str] | None = None, **options: Any) -> int:
@@ -174,11 +177,6 @@ class Server:
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         return dict(json.loads(self._process.stdout.readline()))
-
-
-def _requests() -> Iterator[dict[str, Any]]:
-    while line := sys.stdin.readline():
-        yield json.loads(line)
 
 
 def _child(request: dict[str, Any]) -> int:
@@ -202,11 +200,13 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
-    for request in _requests():
+    while line := sys.stdin.readline():
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os._exit(_child(request))
         print(json.dumps({"pid": pid}), flush=True)
+        sys.stdin.readline()
         print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
 
 
