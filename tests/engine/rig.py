@@ -1,8 +1,8 @@
 """The test rig: a tiny Llama, a few dozen made-up rows, the real loop. Also a server that forks one run per request.
 
 As a program it imports torch once, then reads requests from stdin, one JSON line each: {"directory": ...,
-"options": {...}, "environment": {...}}; it forks and answers {"pid": ...}; at the next line it waits and answers {"code": ...}
-(negative: the signal that killed it). The server itself never computes anything, so forking is safe.
+"options": {...}, "environment": {...}}; it forks and answers {"pid": ...}; at the next line it waits and answers
+{"code": ...} (negative: the signal that killed it). The server itself never computes anything, so forking is safe.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-from tiny import tiny
 
 from luthier.contracts.errors import LuthierError
 from luthier.contracts.event import Event
@@ -36,35 +30,14 @@ from luthier.engine.precision import resolve_precision
 from luthier.engine.resume import enter
 from luthier.engine.task import Run
 from luthier.models.probe import open_trunk
+from luthier.methods.full import Full
+from luthier.methods.lora import LoRA
 from luthier.objectives.sft import SFT
+from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
+from tiny import tiny
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sections:
-    """Stand-in of the recipe's three sections."""
-
-    epochs: float = 1.0
-    max_steps: int | None = None
-    learning_rate: float | None = 1e-2
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.1
-    min_lr_ratio: float = 0.0
-    decay_ratio: float = 0.1
-    weight_decay: float = 0.01
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw"
-    save_every: int | None = None
-    keep: int = 3
-    seed: int = 42
-    threads: Any = 1
-    every: int | None = None
-    keep_best: str | None = "eval_loss"
-
-
-class Everything(Method):
-    trains_base = True
-    default_learning_rate = 1e-3
+ROOT = Path(__file__).resolve().parents[2]
+METHODS: dict[str, Method] = {"full": Full(), "lora": LoRA(r=4, lora_dropout=0.1)}
 
 
 def samples(count: int = 48, seed: int = 0, first_id: int = 0) -> list[Sample]:
@@ -96,10 +69,12 @@ class Options:
     evaluation: int = 6
     learning_rate: float = 1e-2
     precision: str = "fp32"
+    method: str = "lora"
     identity: dict[str, Any] = field(default_factory=dict)
     benign: dict[str, Any] = field(default_factory=dict)
     threads: Any = 1
     seed: int = 42
+    schedule: str = "cosine"
     keep_best: str | None = "eval_loss"
     guard: Guard = field(default_factory=Guard)
 
@@ -108,22 +83,24 @@ def build(directory: Path, **changes: Any) -> Run:
     """A run, ready to train."""
     o = Options(**changes)
     model = tiny("llama")
-    model.requires_grad_(True)
+    method = METHODS[o.method]
+    method.attach(model)
     spec = StreamSpec(
         seed=o.seed, tokens_per_step=o.tokens_per_step, rows_per_step=o.rows_per_step, window=16,
         microbatch_tokens=o.microbatch_tokens,
     )  # fmt: skip
     held_out = samples(o.evaluation, seed=9, first_id=1000) if o.evaluation else []
-    sections = Sections(
-        max_steps=o.steps, save_every=o.save_every, keep=o.keep, every=o.every, learning_rate=o.learning_rate,
-        threads=o.threads, seed=o.seed, keep_best=o.keep_best,
+    section = TrainSection(
+        max_steps=o.steps, save_every=o.save_every, keep=o.keep, learning_rate=o.learning_rate, seed=o.seed,
+        warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule,
     )  # fmt: skip
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)
     return Run(
-        directory=directory, method=Everything(), objective=SFT(), trunk=open_trunk(model),
+        directory=directory, method=method, objective=SFT(), trunk=open_trunk(model),
         stream=Stream(samples(), spec), device=device, precision=resolve_precision(o.precision, device),
-        train=sections, engine=sections, evaluate=sections,
+        train=section, engine=EngineSection(threads=o.threads),
+        evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
         evaluation=list(Stream(held_out, spec).batches()) if held_out else [],
         identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,
     )  # fmt: skip
@@ -144,7 +121,8 @@ class Server:
     """`with Server() as server: code = server.run(directory, resume="auto")`."""
 
     def __enter__(self) -> Server:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -193,7 +171,7 @@ def _child(request: dict[str, Any]) -> int:
     except LuthierError as error:
         print(error.line(), flush=True)
         return error.exit_code
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the child's last word)
         traceback.print_exc()
         return 1
     return 0

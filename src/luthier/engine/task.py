@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from luthier.contracts.objective import Objective
 from luthier.data.stream import Stream
 from luthier.engine.guard import Guard
 from luthier.engine.precision import Precision
-
-if TYPE_CHECKING:
-    from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
+from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
 
 
 class LogProbs(Protocol):
