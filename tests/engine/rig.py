@@ -29,9 +29,9 @@ from luthier.engine.loop import train
 from luthier.engine.precision import resolve_precision
 from luthier.engine.resume import enter
 from luthier.engine.task import Run
-from luthier.models.probe import open_trunk
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
+from luthier.models.probe import open_trunk
 from luthier.objectives.sft import SFT
 from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
 from tiny import tiny

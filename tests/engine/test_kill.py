@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from engine import rig
 
+from engine import rig
 from luthier.engine import checkpoint, fault
 from luthier.engine.journal import metric_rows, read
 
