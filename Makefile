@@ -9,6 +9,7 @@ BIN := .venv/bin
 PYTHON ?=
 QUICKSTART ?=
 TESTS ?= tests
+WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: quickstart setup check test test-nightly bench docs clean
@@ -27,11 +28,12 @@ check: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q tests/house
 
+# Two workers with one thread each beat one worker with two: the models of the tests are small.
 test: setup
-	$(BIN)/python -m pytest -q -m "not nightly" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not nightly" $(TESTS)
 
 test-nightly: setup
-	$(BIN)/python -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 bench: setup
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[bench]'

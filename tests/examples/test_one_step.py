@@ -44,8 +44,8 @@ def test_engine_equals_the_flat_twin(flat: ModuleType, tmp_path: Path) -> None:
         rate = run.train.learning_rate * flat.cosine(event.step, 3, warmup=1)
         loss, norm = flat.one_step(twin, rows, adamw, rate, run.train.max_grad_norm)
         assert event.learning_rate == pytest.approx(rate, rel=1e-12)
-        assert event.loss == pytest.approx(loss, abs=1e-6)
-        assert event.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert event.loss == pytest.approx(loss, abs=1e-5)
+        assert event.grad_norm == pytest.approx(norm, rel=1e-4)
 
     moved = dict(run.trunk.model.named_parameters())
     for name, parameter in twin.named_parameters():
