@@ -145,7 +145,9 @@ def _method_of(file: AdapterFile) -> Method:
         except RecipeError as error:
             refusals.append(error)
     if refusals:
-        raise ModelError(refusals[0].what, where=str(file.directory / CONFIG), value=refusals[0].value)
+        raise ModelError(
+            refusals[0].what, where=str(file.directory / CONFIG), value=refusals[0].value, remedy=refusals[0].remedy
+        )
     raise ModelError("no method here reads this type of adapter", where=str(file.directory), value=kind)
 
 

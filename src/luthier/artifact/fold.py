@@ -22,7 +22,7 @@ from luthier.artifact.adapter import load_adapter
 from luthier.artifact.tensor_file import replace_directory
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
-from luthier.models.attention import native_attention
+from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -44,6 +44,8 @@ from luthier.models.sites import (
 )
 from luthier.models.targets import ALL_LINEAR, Targets, by_pattern, find_saved, find_targets, shortest_names
 
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # PEFT's starts that leave base weights alone
+
 
 def _doc(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -197,10 +199,16 @@ class LoRA(Method):
         for key in ("use_dora", "use_qalora", "target_parameters", "layer_replication", "arrow_config", "use_bdlora"):
             if config.get(key):
                 raise RecipeError(f"this LoRA adapter uses {key}, which {cls.__name__} does not have", where=key)
+        init = config.get("init_lora_weights", True)
+        if init not in KEEPS_BASE:
+            raise RecipeError(
+                f"init_lora_weights: {init} starts from changed base weights, which the adapter does not carry",
+                where="init_lora_weights", value=init,
+                remedy="convert it in PEFT: save_pretrained(path_initial_model_for_weight_conversion=...)",
+            )  # fmt: skip
         names = {spec.name for spec in fields(cls)} - {"init_lora_weights"}
         known = {key: value for key, value in config.items() if key in names and value is not None}
-        init = config.get("init_lora_weights", True)
-        return cls(**{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init in (True, "gaussian") else True)
+        return cls(**{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init == "gaussian" else True)
 
 
 def _innermost(module: nn.Module) -> nn.Module:
