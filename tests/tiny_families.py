@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from tiny import VOCABULARY, tiny
 from transformers import PretrainedConfig, PreTrainedModel
+
+from tiny import VOCABULARY, tiny
 
 _PLAIN = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny
-from tiny_families import PACKED, family
 from torch import nn
 
 from luthier.contracts.batch import Batch, Forest
@@ -28,6 +26,8 @@ from luthier.models.kernels.varlen import VarlenPlan, varlen_refusal
 from luthier.models.probe import choose_kernel, probe_batch
 from luthier.models.switch import attention_as, native_attention
 from luthier.models.trunk import Trunk, TrunkFacts
+from tiny import tiny
+from tiny_families import PACKED, family
 
 SHAPES = {
     "pack": ((-1, -1, -1), (9, 13, 11)),
@@ -165,7 +165,7 @@ def test_an_attention_argument_that_is_not_understood_is_an_error(extra: dict[st
     mask = ForestMask(Forest((0,), (3,), (-1,)))
     with pytest.raises(ForestUnsupported):
         forest_attention(nn.Identity(), q, q, q, mask, **extra)
-    forest_attention(nn.Identity(), q, q, q, mask, **{name: None for name in extra})
+    forest_attention(nn.Identity(), q, q, q, mask, **dict.fromkeys(extra))
 
 
 def test_a_layer_that_replaces_the_mask_is_refused() -> None:

@@ -113,4 +113,6 @@ def test_autocast_gives_the_head_its_low_precision_and_the_gradient_its_high_one
     value.sum().backward()
     assert value.dtype == torch.float32
     assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(value.detach(), token_logprobs_plain(hidden, weight, targets).detach(), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(
+        value.detach(), token_logprobs_plain(hidden, weight, targets).detach(), rtol=0.02, atol=0.1
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from luthier.models.logprobs import HeadMap
 from luthier.models.switch import native_attention
@@ -23,17 +24,25 @@ _TOLERANCE = 1e-5
 _LOUD = 50.0
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The model without its head, or None where it has no such part."""
+    if model.base_model is not model:
+        return model.base_model  # type: ignore[return-value]
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else None
+
+
 def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
     """How logits come from the decoder's hidden rows: verified in numbers, None where no simple form fits."""
-    head = model.get_output_embeddings()
-    if head is None or model.base_model is model:
+    head, decoder = model.get_output_embeddings(), decoder_of(model)
+    if head is None or decoder is None:
         return None
     try:
         with torch.no_grad(), native_attention(model):
-            hidden = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
+            hidden = decoder(input_ids=tokens_T[None], use_cache=False)[0]
             gain = _LOUD / head(hidden).abs().max().item()  # a soft cap shows only in large logits
             plain = head(hidden * gain).float()
-            with _amplified(model.base_model, gain):
+            with _amplified(decoder, gain):
                 logits = model(input_ids=tokens_T[None], use_cache=False).logits.float()
     except Exception:  # noqa: BLE001 a decoder that cannot be called alone: the whole model is
         return None
@@ -53,7 +62,7 @@ def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
 
 
 @contextmanager
-def _amplified(decoder: Any, gain: float) -> Iterator[None]:
+def _amplified(decoder: nn.Module, gain: float) -> Iterator[None]:
     """Within it the decoder's hidden rows are `gain` times as large."""
 
     def louder(module: nn.Module, args: object, output: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.contracts.batch import Batch
 from luthier.models.attention import forest_context
+from luthier.models.head import decoder_of
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
 from luthier.models.switch import native_attention, switch_in, switch_out
 from luthier.models.unpacked import Path, paths_of
@@ -125,7 +126,9 @@ class Trunk:
         return head_map.apply(self.model.get_output_embeddings()(self._hidden(inputs, scored_N)))
 
     def _hidden(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
-        hidden_BTD = self.model.base_model(**inputs, use_cache=False)[0]
+        decoder = decoder_of(self.model)
+        assert decoder is not None  # a head map was found through it
+        hidden_BTD = decoder(**inputs, use_cache=False)[0]
         return hidden_BTD.flatten(0, 1).index_select(0, scored_N)
 
     def _whole(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:

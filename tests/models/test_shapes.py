@@ -1,0 +1,43 @@
+"""What a model is made of, on families that differ: Conv1D, tied heads, experts in one parameter."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.models.shapes import linear_paths, shapes_of
+from tiny import tiny
+from tiny_families import family
+
+
+def test_llama() -> None:
+    shapes = shapes_of(tiny("llama"))
+    assert (shapes.head, shapes.embedding, shapes.tied) == ("lm_head", "model.embed_tokens", False)
+    assert shapes.layers == ("model.layers.0", "model.layers.1")
+    assert shapes.layers_pattern == "model.layers"
+    assert shapes.uncovered_share == 0
+    leaves = {path.rsplit(".", 1)[1] for path in linear_paths(tiny("llama"))}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(shapes.linears) == 14
+
+
+def test_gpt2_has_conv1d_and_a_tied_head() -> None:
+    shapes = shapes_of(tiny("gpt2"))
+    assert (shapes.embedding, shapes.tied, shapes.layers_pattern) == ("transformer.wte", True, "transformer.h")
+    attention = next(linear for linear in shapes.linears if linear.path == "transformer.h.0.attn.c_attn")
+    assert (attention.in_features, attention.out_features, attention.transposed) == (64, 192, True)
+    assert [name for name, _ in shapes.uncovered] == ["transformer.wpe.weight"]
+
+
+def test_experts_in_one_parameter_are_counted_as_uncovered() -> None:
+    model = tiny("qwen3_moe")
+    shapes = shapes_of(model)
+    experts = sum(p.numel() for n, p in model.named_parameters() if "experts" in n and p.ndim == 3)
+    assert experts > 0
+    assert sum(count for name, count in shapes.uncovered if "experts" in name) == experts
+    assert shapes.uncovered_share > 0.3
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mamba", "lfm2", "deepseek_v3", "gpt_oss"])
+def test_layers_are_found(name: str) -> None:
+    model = family(name)
+    assert len(shapes_of(model).layers) == model.config.num_hidden_layers
