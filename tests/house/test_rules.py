@@ -39,7 +39,7 @@ BAD = {
     "late_import": "def f():\n    from luthier.contracts import errors",
     "foreign_assignment": "import torch\ntorch.nn.Linear.forward = None",
     "unchecked_test": "def test_f():\n    f()",
-    "compares_time": "import time\ndef test_f():\n    assert time.time() > 3",
+    "compares_time": "import time\ndef test_f():\n    t = time.time()\n    assert t > 3",
 }
 
 
