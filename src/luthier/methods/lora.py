@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,9 @@ class LoRA(Method):
     lora_dropout: float = _doc(0.0, "share of the adapter's input dropped in training; 0.05 for very small data")
     target_modules: str | tuple[str, ...] = _doc(ALL_LINEAR, "all-linear, a list of module names, or a regex on paths")
     exclude_modules: str | tuple[str, ...] | None = _doc(None, "modules left alone: list of names, or a regex on paths")
-    bias: str = _doc("none", "base biases that also train: none, all, or lora_only (those of adapted layers)")
+    bias: Literal["none", "all", "lora_only"] = _doc(
+        "none", "base biases that also train; lora_only: of adapted layers"
+    )
     use_rslora: bool = _doc(False, "scale by lora_alpha / sqrt(r): keeps learning at ranks of 64 and more")
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"doc": "regex on paths -> another rank there"})
     alpha_pattern: dict[str, float] = field(
@@ -74,9 +76,11 @@ class LoRA(Method):
     layers_to_transform: int | tuple[int, ...] | None = _doc(None, "only these layer numbers (with a list of targets)")
     layers_pattern: str | tuple[str, ...] | None = _doc(None, "name of the layer list, where it is not found by itself")
     modules_to_save: tuple[str, ...] = _doc((), "modules trained and saved as full copies, e.g. a new lm_head")
-    init_lora_weights: bool | str = _doc(True, "true: A uniform, B zero; gaussian: A normal; false: both random")
+    init_lora_weights: bool | Literal["gaussian"] = _doc(
+        True, "true: A uniform, B zero; gaussian: A normal; false: both random"
+    )
     lora_bias: bool = _doc(False, "an extra trainable bias on B")
-    adapter_dtype: str = _doc("fp32", "dtype of the adapter's weights: fp32, or bf16 for half the adapter's memory")
+    adapter_dtype: Literal["fp32", "bf16"] = _doc("fp32", "dtype of the adapter's weights: bf16 halves their memory")
 
     def __post_init__(self) -> None:
         for spec in fields(self):
