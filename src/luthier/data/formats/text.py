@@ -1,4 +1,8 @@
-"""`text`: one column of plain text; every token but the first is trained (continued pre-training)."""
+"""`text`: one column of plain text; every token but the first is trained (continued pre-training).
+
+Also what the readers of .txt and .md give. Asks last, because rows of other shapes often carry their rendered form
+in a column `text` beside. Leaves out: several text columns, and joining short documents (packing does that).
+"""
 
 from __future__ import annotations
 
