@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Source, Text
@@ -165,3 +168,43 @@ def test_every_format_is_found_by_its_file() -> None:
     assert named("alpaca").NAME == "alpaca"
     with pytest.raises(DataError, match="did you mean sharegpt"):
         named("share_gpt")
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", " ", "a", "user", "assistant", "[", "{}", "[1]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "tool_calls", "function", "name"]), inner
+        )
+    ),
+    max_leaves=6,
+)
+SHAPES: list[dict[str, Any]] = [
+    {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": [{"name": "f"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s", "tools": "[]"},
+    {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["u", "v"]]},
+    {"prompt": [USER], "completion": [ANSWER]},
+    {"text": "t"},
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(SHAPES), st.data())
+def test_any_value_anywhere_is_a_record_or_a_named_fault(shape: dict[str, Any], data: st.DataObject) -> None:
+    row = copy.deepcopy(shape)
+    spot: Any = row
+    while True:
+        at = data.draw(st.sampled_from(sorted(spot) if isinstance(spot, dict) else range(len(spot))))
+        if not isinstance(spot[at], dict | list) or not spot[at] or data.draw(st.booleans()):
+            break
+        spot = spot[at]
+    spot[at] = data.draw(ANY)
+    bad: list[DataError] = []
+    found = list(records(iter([(row, AT)]), lambda error, _: bad.append(error)))
+    assert len(found) + len(bad) == 1
+    assert all(str(error.where).startswith("rows.jsonl:7") and error.remedy for error in bad)
+    for record in found:
+        if isinstance(record, Chat):
+            assert all(isinstance(message["content"], str) for message in record.messages)
+            assert record.weights is None or len(record.weights) == len(record.messages)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.source import expand, read_rows
+from luthier.data.paths import expand
+from luthier.data.source import read_rows
 
 ROWS = [{"prompt": f"p{i} \u2028 ü\n", "completion": f"c{i}\u0085"} for i in range(5)]
 
@@ -222,6 +223,20 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path("empty").mkdir(exist_ok=True)
         with pytest.raises(DataError):
             expand(path)
+
+
+def test_splits_of_a_directory(tmp_path: Path) -> None:
+    names = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match="several splits — .* — saw test, train — say which"):
+        expand(str(tmp_path))
+    assert expand(str(tmp_path), "train") == [str(tmp_path / name) for name in names[:2]]
+    with pytest.raises(DataError, match="holds test, train"):
+        expand(str(tmp_path), "dev")
+    with pytest.raises(DataError, match="not from files"):
+        expand(str(tmp_path / names[0]), "train")
 
 
 def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from luthier.data.detect import records
 from luthier.data.ledger import Account, Dropped, Ledger
 from luthier.data.order import key
 from luthier.data.pack import compact
-from luthier.data.source import expand, is_hub_id, read_rows
+from luthier.data.paths import expand, is_hub_id
+from luthier.data.source import read_rows
 from luthier.recipe.recipe import DataSection, DataSource
 
 _MOST_ERRORS = 20
@@ -124,7 +125,7 @@ def read_records(
     """The records of some sources without encoding them (evaluation, looking at data); kept ones are counted."""
     errors: list[DataError] = []
     for spec in sources:
-        for path in expand(spec.path):
+        for path in expand(spec.path, spec.split):
             account = ledger.account(path, use)
             bad = _Bad(bad_rows, ledger, account, errors)
             for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
@@ -139,7 +140,7 @@ def fingerprint(section: DataSection) -> str:
     state = hashlib.sha256()
     for spec in section.train:
         state.update(repr((float(spec.weight), spec.format, spec.split)).encode())
-        for path in expand(spec.path):
+        for path in expand(spec.path, spec.split):
             state.update(_file_digest(path))
     for name in _IDENTITY:
         value = getattr(section, name)
@@ -164,7 +165,7 @@ class _Reading:
         kept: list[_Kept] = []
         for number, spec in enumerate(sources):
             row = 0
-            for path in expand(spec.path):
+            for path in expand(spec.path, spec.split):
                 account = self.ledger.account(path, use)
                 bad = _Bad(self.section.bad_rows, self.ledger, account, self.errors)
                 for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):

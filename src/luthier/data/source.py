@@ -1,4 +1,4 @@
-"""Rows out of files: `expand` a path of the recipe into files, `read_rows` of one file, each with its `Source`.
+"""Rows out of files: `read_rows` of one file, each row with its `Source`. (paths.py says which files.)
 
 Line of a row: the physical line it starts on (JSON Lines, JSON arrays, CSV, text), its number from 1 (Parquet, Arrow).
 
@@ -19,71 +19,25 @@ says) is raised, because the rows behind it can no longer be counted.
 
 from __future__ import annotations
 
-import difflib
-import glob
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
 from luthier.data.bytestream import MAX_LINE_BYTES, Line, ends_early, lines, read_all
+from luthier.data.paths import ENDINGS, is_hub_id, kind
 from luthier.data.strict_json import Fault, Reader, parse
 from luthier.data.tables import read_arrow, read_delimited, read_parquet
 
 OnBad = Callable[[DataError, Source], None]
 Row = tuple[dict[str, Any], Source]
 
-ENDINGS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
-    ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".txt": "text", ".text": "text", ".md": "document",
-}  # fmt: skip
-_SQUEEZED = (".gz", ".zst", ".zstd")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _OWN_LISTS = {"messages", "conversations", "conversation", "turns", "tools", "history", "prompt", "completion"}
 
 
-def kind(path: str) -> str | None:
-    """What the ending of a file name says: jsonl, json, parquet, csv, arrow, text, document; None = unknown."""
-    name = os.path.basename(path).lower()
-    for ending in _SQUEEZED:
-        name = name.removesuffix(ending)
-    return ENDINGS.get(os.path.splitext(name)[1])
-
-
-def expand(path: str) -> list[str]:
-    """The data files that a path of the recipe means, in order: a file, a directory, a glob."""
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        found = [
-            os.path.join(folder, name)
-            for folder, folders, names in os.walk(path)
-            for name in names
-            if kind(name) and not name.startswith(".") and not folders.sort()
-        ]
-        what, remedy = "the directory holds no data file", f"files end in one of {' '.join(ENDINGS)}"
-    elif glob.has_magic(path):
-        found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
-        what, remedy = "no file matches", _nearest(path)
-    elif is_hub_id(path):
-        return [path]
-    else:
-        found, what, remedy = [], "no such file", _nearest(path)
-    if not found:
-        raise DataError(what, where=path, remedy=remedy)
-    return sorted(found)
-
-
-def is_hub_id(path: str) -> bool:
-    """`org/name` that is no path here: neither it nor a folder `org` exists."""
-    organisation = path.partition("/")[0]
-    return bool(_HUB_ID.match(path)) and not os.path.exists(path) and not os.path.isdir(organisation) and not kind(path)
-
-
 def read_rows(path: str, on_bad: OnBad, *, split: str | None = None) -> Iterator[Row]:
-    """The rows of one file of `expand`; `split` chooses that of a hub data set."""
+    """The rows of one file of `paths.expand`; `split` chooses that of a hub data set."""
     if is_hub_id(path):
         return read_hub(path, split or "train")
     known = kind(path)
@@ -286,13 +240,3 @@ def _text(path: str, on_bad: OnBad, *, whole: bool) -> Iterator[Row]:
             on_bad(DataError("a text holds the character U+0000", where=str(source), remedy="remove it"), source)
         else:
             yield {"text": text}, source
-
-
-def _nearest(path: str) -> str:
-    folder, name = os.path.split(path)
-    try:
-        names = sorted(os.listdir(folder or "."))
-    except OSError:
-        return f"the directory {folder} does not exist; paths are relative to {os.getcwd()}"
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [name for name in names if kind(name)][:3]
-    return f"nearest in {folder or '.'}: {', '.join(close)}" if close else f"{folder or '.'} holds no data file"

@@ -23,12 +23,12 @@ def detect(row: Mapping[str, Any]) -> bool:
 
 def read(row: Mapping[str, Any], source: Source) -> Chat:
     asked = text_of(row.get("instruction"), source, "instruction", may_be_empty=bool(row.get("input")))
-    given = row.get("input")
-    if given is not None and text_of(given, source, "input", may_be_empty=True).strip():
-        asked = f"{asked}\n{given}" if asked.strip() else str(given)
+    given = text_of(row.get("input") or "", source, "input", may_be_empty=True)
+    if given.strip():
+        asked = f"{asked}\n{given}" if asked.strip() else given
     messages = []
-    system = row.get("system")
-    if system is not None and text_of(system, source, "system", may_be_empty=True).strip():
+    system = text_of(row.get("system") or "", source, "system", may_be_empty=True)
+    if system.strip():
         messages.append({"role": "system", "content": system})
     history = row.get("history") or []
     if not isinstance(history, list):

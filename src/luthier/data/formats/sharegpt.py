@@ -29,8 +29,8 @@ def read(row: Mapping[str, Any], source: Source) -> Chat:
     if isinstance(turns, str) and turns.strip().startswith("["):  # a cell of a table
         turns = from_json(turns, source, field)
     messages: list[dict[str, Any]] = []
-    system = row.get("system")
-    if system is not None and text_of(system, source, "system", may_be_empty=True).strip():
+    system = text_of(row.get("system") or "", source, "system", may_be_empty=True)
+    if system.strip():
         messages.append({"role": "system", "content": system})
     ahead = len(messages)
     if not isinstance(turns, Sequence) or isinstance(turns, str):
