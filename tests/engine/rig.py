@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from luthier.contracts.batch import Batch
 from luthier.contracts.errors import LuthierError
 from luthier.contracts.event import Event
 from luthier.contracts.method import Method
+from luthier.contracts.objective import Loss, Scored
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.guard import Guard
@@ -104,6 +106,10 @@ def build(directory: Path, **changes: Any) -> Run:
         evaluation=list(Stream(held_out, spec).batches()) if held_out else [],
         identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,
     )  # fmt: skip
+
+
+def loss_of(run: Run, batch: Batch) -> Loss:
+    return run.objective.loss(Scored(run.trunk.logprobs(batch)), batch, None)
 
 
 def run_through(directory: Path, **changes: Any) -> list[Event]:

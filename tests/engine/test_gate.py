@@ -1,0 +1,184 @@
+"""The gate on real batches: each check passes on good rows and fails, with evidence, on bad ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import rig
+from luthier.contracts.batch import Batch
+from luthier.contracts.objective import Loss, Objective, Scored
+from luthier.contracts.record import Piece, Sample
+from luthier.data.stream import Stream
+from luthier.engine.gate import GateFailure, GateSpec, Prompt, run_gate
+from luthier.engine.task import Run
+
+
+def spec_of(run: Run, **changes: Any) -> GateSpec:
+    given: dict[str, Any] = dict(
+        trunk=run.trunk, objective=run.objective, stream=run.stream, device=run.device, precision=run.precision,
+        stop_ids=(260,), bos_id=257, roles={"assistant": 10}, rows_read=48,
+    )  # fmt: skip
+    return GateSpec(**{**given, **changes})
+
+
+def stream_of(samples: Sequence[Sample], run: Run) -> Stream:
+    return Stream(samples, run.stream.spec)
+
+
+def failed(spec: GateSpec) -> dict[str, Any]:
+    """The evidence of the one check that fails."""
+    with pytest.raises(GateFailure) as caught:
+        run_gate(spec)
+    assert caught.value.exit_code == 3
+    json.dumps(caught.value.evidence, allow_nan=False)
+    bad = [check for check in caught.value.evidence["checks"] if check["status"] == "fail"]
+    assert len(bad) == 1, bad
+    assert bad[0]["remedy"]
+    assert bad[0]["name"] in caught.value.line()
+    return bad[0]
+
+
+def with_piece(sample: Sample, tokens: Sequence[int], weights: Sequence[float]) -> Sample:
+    return replace(sample, pieces=(Piece(tokens, weights),))
+
+
+@pytest.mark.parametrize(("method", "precision"), [("lora", "fp32"), ("full", "fp32"), ("lora", "bf16")])
+def test_good_rows_pass_and_nothing_is_left_behind(tmp_path: Path, method: str, precision: str) -> None:
+    run = rig.build(tmp_path, method=method, precision=precision)
+    model = run.trunk.model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    prompts = [Prompt(str(s.source), s.pieces[0].tokens[:4], s.pieces[0].tokens) for s in run.stream.samples[:8]]
+    evidence = run_gate(spec_of(run, prompts=prompts))
+    assert torch.equal(torch.rand(3), expected)
+    assert evidence["passed"]
+    assert {check["status"] for check in evidence["checks"]} == {"pass"}
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    json.dumps(evidence, allow_nan=False)
+
+
+def test_a_row_without_supervision(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    samples = rig.samples()
+    tokens = samples[7].pieces[0].tokens
+    samples[7] = with_piece(samples[7], tokens, [0.0] * len(tokens))
+    bad = failed(spec_of(run, stream=stream_of(samples, run)))
+    assert bad["name"] == "supervised tokens"
+    assert bad["evidence"]["examples"] == ["rig.jsonl:8"]
+
+
+def test_a_role_that_trains_nothing(tmp_path: Path) -> None:
+    bad = failed(spec_of(rig.build(tmp_path), roles={"assistant": 10, "tool": 0}))
+    assert bad["evidence"]["by_role"]["tool"] == 0
+
+
+def test_no_stop_token(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    cut = [with_piece(s, s.pieces[0].tokens[:-1], s.pieces[0].weights[:-1]) for s in rig.samples()]
+    assert failed(spec_of(run, stream=stream_of(cut, run)))["name"] == "stop token"
+
+
+def test_some_rows_without_a_stop_token_warn(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    samples = rig.samples()
+    samples[3] = with_piece(samples[3], samples[3].pieces[0].tokens[:-1], samples[3].pieces[0].weights[:-1])
+    checks = {c["name"]: c for c in run_gate(spec_of(run, stream=stream_of(samples, run)))["checks"]}
+    assert checks["stop token"]["status"] == "warn"
+    assert checks["stop token"]["evidence"]["examples"] == ["rig.jsonl:4"]
+
+
+def test_bos_twice(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    samples = rig.samples()
+    piece = samples[0].pieces[0]
+    samples[0] = with_piece(samples[0], [257, *piece.tokens], [0.0, *piece.weights])
+    bad = failed(spec_of(run, stream=stream_of(samples, run)))
+    assert (bad["name"], bad["evidence"]["most"]) == ("one bos", 2)
+    assert run_gate(spec_of(run, stream=stream_of(samples, run), bos_id=None))["passed"]
+
+
+def test_another_prompt_at_inference(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    tokens = run.stream.samples[0].pieces[0].tokens
+    prompts = [Prompt("a.jsonl:1", tokens[:3], tokens), Prompt("a.jsonl:2", [tokens[0], 1, 2], tokens)]
+    bad = failed(spec_of(run, prompts=prompts))
+    assert bad["evidence"]["examples"] == ["a.jsonl:2 (differs at token 1)"]
+
+
+@pytest.mark.parametrize(("lost", "status"), [(1, "pass"), (10, "warn"), (30, "fail")])
+def test_rows_lost(tmp_path: Path, lost: int, status: str) -> None:
+    spec = spec_of(rig.build(tmp_path), dropped={"longer than max_tokens": lost})
+    if status == "fail":
+        assert failed(spec)["name"] == "rows lost"
+    else:
+        assert {c["name"]: c["status"] for c in run_gate(spec)["checks"]}["rows lost"] == status
+
+
+class Leaky:
+    """A trunk in which rows of one pack see each other: what a family without packing support does."""
+
+    def __init__(self, run: Run) -> None:
+        self.inner, self.model = run.trunk, run.trunk.model
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        ids = batch.tokens_T[None]
+        logits = self.model.base_model(input_ids=ids, position_ids=torch.arange(batch.tokens)[None])[0]
+        logits = self.model.lm_head(logits)[0]
+        return logits[batch.scored_N].log_softmax(-1).gather(1, batch.targets_N[:, None])[:, 0]
+
+
+def test_packed_rows_that_see_each_other(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    run.trunk.close()
+    failures = []
+    with pytest.raises(GateFailure) as caught:
+        run_gate(spec_of(run, trunk=Leaky(run)))
+    failures = [check["name"] for check in caught.value.evidence["checks"] if check["status"] == "fail"]
+    assert "packed = alone" in failures
+
+
+class MeanOfMeans(Objective):
+    """The classic fault: each microbatch's mean, whatever its size."""
+
+    def weight(self, batch: Batch) -> float:
+        return 1.0
+
+    def loss(self, out: Scored, batch: Batch, stats: Any) -> Loss:
+        return Loss(-out.logprobs_N.mean())
+
+
+def test_an_objective_that_depends_on_the_split(tmp_path: Path) -> None:
+    bad = failed(spec_of(rig.build(tmp_path), objective=MeanOfMeans()))
+    assert bad["name"] == "accumulation"
+
+
+def test_a_base_that_gives_nan(tmp_path: Path) -> None:
+    run = rig.build(tmp_path)
+    next(run.trunk.model.parameters()).data.fill_(float("nan"))
+    assert failed(spec_of(run))["name"] == "finite loss"
+
+
+def test_the_numeric_checks_stay_within_their_budget(tmp_path: Path) -> None:
+    run = rig.build(tmp_path, tokens_per_step=10_000)
+    seen = []
+
+    class Counting(Leaky):
+        def logprobs(self, batch: Batch) -> Tensor:
+            seen.append(batch.tokens)
+            return self.inner.logprobs(batch)
+
+    run_gate(spec_of(run, trunk=Counting(run)))
+    assert max(seen) <= 2048
+    assert sum(seen) <= 4 * 2048
