@@ -1,4 +1,7 @@
-"""`luthier config RECIPE [path=value ...] --origin`: the resolved recipe, and where each value comes from."""
+"""`luthier config RECIPE [path=value ...] --origin`: the resolved recipe, and where each value comes from.
+
+An origin is a place in the file (file:line:column), an override of the command line, or the default.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import click
 
 from luthier.contracts.errors import UsageError
 from luthier.recipe.aliases import PEERS, peers_of
-from luthier.recipe.check import choices, expected, nearest, paths, resolve, schema
+from luthier.recipe.schema import choices, expected, nearest, paths, resolve, schema
 
 
 @click.command()

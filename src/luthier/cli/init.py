@@ -1,4 +1,8 @@
-"""`luthier init`: a commented starter recipe with the person's own model and data in it. Never overwrites."""
+"""`luthier init`: a commented starter recipe with the person's own model and data in it.
+
+It holds what most people change, each line with its reason, and reads without a complaint: what is written is
+checked first. Never overwrites.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ from typing import Any
 import click
 
 from luthier.contracts.errors import RecipeError, UsageError
-from luthier.recipe.check import nearest, properties_of
 from luthier.recipe.read import read_recipe
-from luthier.recipe.resolve import names
+from luthier.recipe.schema import names_of, nearest, properties_of, schema
 
 _RATES = {"full": "2e-5"}
 _KNOBS = {"lora": ("r", "lora_alpha", "lora_dropout", "target_modules")}
@@ -28,8 +31,8 @@ _KNOBS = {"lora": ("r", "lora_alpha", "lora_dropout", "target_modules")}
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(file: str, model: str, data: str, method: str, objective: str, as_json: bool) -> None:
     """Write a commented starter recipe to FILE (default recipe.yaml)."""
-    _known("methods", method, "--method")
-    _known("objectives", objective, "--objective")
+    _known("method", method)
+    _known("objective", objective)
     text = starter(Path(file).stem, model=model, data=data, method=method, objective=objective)
     _checked(text)
     try:
@@ -85,12 +88,13 @@ def _knobs(room: str, name: str) -> list[str]:
     ]
 
 
-def _known(room: str, name: str, option: str) -> None:
-    if name in names(room) or "." in name or (room == "methods" and name == "qlora"):
+def _known(section: str, name: str) -> None:
+    known = names_of(schema()["properties"][section])
+    if name in known or "." in name or (section == "method" and name == "qlora"):
         return
-    close = nearest(name, names(room))
-    remedy = f"did you mean {close}?" if close else f"one of: {', '.join(names(room))}"
-    raise UsageError(f"unknown {room[:-1]}", where=option, value=name, remedy=remedy)
+    close = nearest(name, known)
+    remedy = f"did you mean {close}?" if close else f"one of: {', '.join(known)}"
+    raise UsageError(f"unknown {section}", where=f"--{section}", value=name, remedy=remedy)
 
 
 def _quoted(text: str) -> str:

@@ -1,4 +1,7 @@
-"""`luthier recipes ls|cp`: the recipes that come with the package, to read, copy and change."""
+"""`luthier recipes ls|cp`: the recipes that come with the package, to read, copy and change.
+
+A copy is the file as it is, comments included; nothing is overwritten.
+"""
 
 from __future__ import annotations
 

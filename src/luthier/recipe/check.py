@@ -10,34 +10,32 @@ Leaves out: what needs a model or the rows; the rest of JSON Schema.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from luthier.contracts.errors import LuthierError, RecipeError
 from luthier.recipe.document import Document, Steps, dotted
 from luthier.recipe.forms import expand, look, plain, quantized
+from luthier.recipe.schema import (
+    LIMITS,
+    Schema,
+    choices,
+    expected,
+    named,
+    names_of,
+    nearest,
+    paths,
+    properties_of,
+    resolve,
+    schema,
+)
 
-Schema = dict[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
     "array": (list,), "object": (dict,), "null": (type(None),),
 }  # fmt: skip
-_NOUNS = {"string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false",
-          "array": "a list", "object": "a mapping", "null": "null"}  # fmt: skip
-_LIMITS = {"exclusiveMinimum": (">", lambda v, x: v > x), "minimum": (">=", lambda v, x: v >= x),
-           "exclusiveMaximum": ("<", lambda v, x: v < x), "maximum": ("<=", lambda v, x: v <= x)}  # fmt: skip
-
-
-@cache
-def schema() -> Schema:
-    """The shipped schema (read once)."""
-    read: Schema = json.loads(Path(__file__).with_name("schema.json").read_text("utf-8"))
-    return read
 
 
 def checked(sections: dict[str, Any]) -> tuple[dict[str, Any], list[LuthierError]]:
@@ -92,83 +90,6 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def properties_of(room: str, name: str) -> dict[str, Schema] | None:
-    """Fields of a method or objective by name; None for a guest."""
-    branch = _named(resolve(schema()["properties"][room]), name)
-    return {k: v for k, v in branch["properties"].items() if k != "name"} if branch else None
-
-
-def resolve(node: Schema) -> Schema:
-    """The schema behind a `$ref`, its siblings kept."""
-    while "$ref" in node:
-        rest = {key: value for key, value in node.items() if key != "$ref"}
-        node = {**schema()["$defs"][node["$ref"].rpartition("/")[2]], **rest}
-    return node
-
-
-def choices(node: Schema) -> list[Schema]:
-    """The alternatives of a field, itself if it has one form only."""
-    node = resolve(node)
-    found: list[Schema] = []
-    for branch in node.get("anyOf") or node.get("oneOf") or []:
-        found += choices(branch)
-    return found or [node]
-
-
-def paths() -> dict[str, Schema]:
-    """Every field of a recipe: `train.learning_rate` and, for what is named, `method.lora.r`."""
-    found: dict[str, Schema] = {}
-
-    def enter(node: Schema, path: str) -> None:
-        for branch in choices(node):
-            name = branch.get("properties", {}).get("name", {}).get("const")
-            below = f"{path}.{name}" if name else path
-            if name:
-                found[below] = branch
-            for key, child in branch.get("properties", {}).items():
-                if name and key == "name":
-                    continue
-                found[f"{below}.{key}".removeprefix(".")] = child
-                enter(child, f"{below}.{key}".removeprefix("."))
-            if "items" in branch:
-                enter(branch["items"], path)
-
-    enter(schema(), "")
-    return found
-
-
-def expected(node: Schema) -> str:
-    """What a field takes, in words."""
-    words: list[str] = []
-    consts = [c["const"] for c in choices(node) if "const" in c]
-    for branch in choices(node):
-        if "enum" in branch:
-            words.append(" | ".join(str(value) for value in branch["enum"]))
-        elif "const" not in branch:
-            words.append(_noun(branch))
-    words = [" | ".join(map(str, consts)), *words] if consts else words
-    return " or ".join(dict.fromkeys(words))
-
-
-def nearest(name: str, candidates: list[str]) -> str | None:
-    """The candidate that was probably meant."""
-    lowered = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=1, cutoff=0.6)
-    return lowered[close[0]] if close else None
-
-
-def _noun(branch: Schema) -> str:
-    kind = branch.get("type", "")
-    noun = _NOUNS.get(kind, "a value")
-    limits = [f"{sign} {branch[word]}" for word, (sign, _) in _LIMITS.items() if word in branch]
-    if kind == "array":
-        if "prefixItems" in branch:
-            noun = f"a list of {len(branch['prefixItems'])} values, each {expected(branch['prefixItems'][0])}"
-        elif branch.get("items"):
-            noun = f"a list, each item {expected(branch['items'])}"
-    return " ".join([noun, " and ".join(limits)]).strip()
-
-
 def _walk(node: Schema, value: Any, steps: Steps, document: Document) -> Iterator[LuthierError]:
     node = resolve(node)
     if "oneOf" in node and isinstance(value, dict):
@@ -195,7 +116,7 @@ def _inside(node: Schema, value: Any, steps: Steps, document: Document) -> Itera
             yield _wrong(node, value, steps, document)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         good = not isinstance(value, float) or math.isfinite(value)
-        if not good or not all(test(value, node[word]) for word, (_, test) in _LIMITS.items() if word in node):
+        if not good or not all(test(value, node[word]) for word, (_, test) in LIMITS.items() if word in node):
             yield _wrong(node, value, steps, document)
 
 
@@ -231,28 +152,16 @@ def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Docume
     """A method or an objective: its name says which fields it has; a dotted name is a guest's."""
     name, room = value.get("name"), dotted(steps)
     if not isinstance(name, str):
-        names = ", ".join(_names(node))
+        names = ", ".join(names_of(node))
         yield RecipeError(f"`{room}` needs a name", where=document.where(steps), value=name, remedy=f"one of: {names}")
         return
-    branch = _named(node, name)
+    branch = named(node, name)
     if branch:
         yield from _fields(branch, value, steps, document)
     elif "." not in name:
-        close = nearest(name, _names(node))
-        remedy = f"did you mean `{close}`?" if close else f"{room}s: {', '.join(_names(node))}"
+        close = nearest(name, names_of(node))
+        remedy = f"did you mean `{close}`?" if close else f"{room}s: {', '.join(names_of(node))}"
         yield RecipeError(f"unknown {room}", where=document.where((*steps, "name")), value=name, remedy=remedy)
-
-
-def _named(node: Schema, name: str) -> Schema | None:
-    for branch in choices(node):
-        if branch.get("properties", {}).get("name", {}).get("const") == name:
-            return branch
-    return None
-
-
-def _names(node: Schema) -> list[str]:
-    consts = (branch.get("properties", {}).get("name", {}).get("const") for branch in choices(node))
-    return [name for name in consts if name]
 
 
 def _is(branch: Schema, value: Any) -> bool:

@@ -111,7 +111,8 @@ class DataSection(Section):
         "strict", "strict stops at rows that cannot be read; quarantine writes them to rejects.jsonl and goes on."
     )
     injection: Literal["escape", "error", "allow"] = _field(
-        "escape", "Control strings inside content become ordinary text (escape) or stop the run (error)."
+        "escape",
+        "Control strings inside content: ordinary text (escape), a wrong row (error), or control tokens (allow).",
     )
 
 
@@ -123,7 +124,7 @@ class TrainSection(Section):
         None, "Stop after so many optimizer steps instead; the rows repeat if they must.", unit="steps", gt=0
     )
     learning_rate: Float | None = _field(
-        None, "Peak step size; default by method (lora 2e-4, full 1e-5). Lower it when the loss jumps.", gt=0
+        None, "Peak step size; default by method (lora 2e-4, full 2e-5). Lower it when the loss jumps.", gt=0
     )
     tokens_per_step: Int | None = _field(
         16384, "All packed tokens of one optimizer step, prompts included; more is smoother and slower.",

@@ -1,4 +1,7 @@
-"""The recipes that come with the package: `recipes/*.yaml` beside this file, listed and read by name."""
+"""The recipes that come with the package: `recipes/*.yaml` beside this file, listed and read by name.
+
+The first line of each is a comment that says what it is for; a test reads them all.
+"""
 
 from __future__ import annotations
 
