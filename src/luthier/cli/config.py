@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from luthier.recipe.document import dump
 from luthier.recipe.read import read
 
 
@@ -28,7 +29,7 @@ def command(recipe: str, overrides: tuple[str, ...], origin: bool, as_json: bool
     for note in reading.notes:
         click.echo(f"note: {note}", err=True)
     if not origin:
-        click.echo(json.dumps(resolved, ensure_ascii=False) if as_json else _yaml(resolved), nl=as_json)
+        click.echo(json.dumps(resolved, ensure_ascii=False) if as_json else dump(resolved), nl=as_json)
         return
     rows = {path: {"value": value, "origin": _origin(path, reading.origins)} for path, value in leaves(resolved)}
     if as_json:
@@ -52,10 +53,3 @@ def leaves(data: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def _origin(path: str, origins: dict[str, str]) -> str:
     return origins.get(path) or origins.get(f"{path}[0]", "default")
-
-
-def _yaml(resolved: dict[str, Any]) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)
-    return text

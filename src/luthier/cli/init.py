@@ -78,12 +78,12 @@ def starter(name: str, *, model: str, data: str, method: str, objective: str) ->
 
 
 def _knobs(room: str, name: str) -> list[str]:
-    """The first fields of a method or objective, commented out at their defaults."""
+    """The first fields of a method or objective, commented out at their defaults, each under its reason."""
     fields = properties_of(room, name) or {}
     chosen = [field for field in _KNOBS.get(name, tuple(fields)[:4]) if field in fields]
     return [
-        f"  # {field}: {json.dumps(fields[field].get('default'))}".ljust(27)
-        + f"  # {fields[field].get('description', '')}"
+        f"  # {field}: {json.dumps(fields[field].get('default'))}".ljust(26)
+        + f" # {fields[field].get('description', '')}".rstrip(" #")
         for field in chosen
     ]
 

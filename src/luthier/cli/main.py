@@ -122,8 +122,9 @@ def _line(error: Exception) -> tuple[str, int]:
         path = context.command_path if context else "luthier"
         usage = UsageError(error.format_message().rstrip("."), where=path, remedy=f"see `{path} --help`")
         return usage.line(), usage.exit_code
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"internal: {message} — please report it; --debug shows the traceback", 1
+    message, log = " ".join(f"{type(error).__name__}: {error}".split()), getattr(error, "run_log", None)
+    trace = f"the traceback is in {log}" if log else "--debug shows the traceback"
+    return f"internal: {message} — please report it; {trace}", 1
 
 
 def _log(error: Exception) -> None:

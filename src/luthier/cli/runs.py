@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from luthier.contracts.errors import RecipeError, UsageError
+from luthier.engine.lock import is_running
 from luthier.recipe.document import parse
 
 _MARKS = ("journal.jsonl", "resolved.yaml", "report.json")
@@ -152,6 +153,8 @@ def journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _state(path: Path, report: dict[str, Any], events: list[dict[str, Any]]) -> str:
+    if is_running(path):
+        return "running"
     last = events[-1].get("event") if events else None
     if last == "end":
         return str(events[-1].get("reason", "done"))

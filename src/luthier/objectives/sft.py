@@ -13,7 +13,7 @@ need the full logits that the fused log-probability op exists to avoid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,7 +45,9 @@ class SFT(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.02155"
 
-    normalize: Literal["tokens", "sequences"] = "tokens"
+    normalize: Literal["tokens", "sequences"] = field(
+        default="tokens", metadata={"doc": "tokens: every trained token counts alike; sequences: every answer does"}
+    )
 
     def __post_init__(self) -> None:
         if self.normalize not in ("tokens", "sequences"):

@@ -182,6 +182,7 @@ def _one(document: Document, steps: Steps, notes: list[str], errors: list[Luthie
     where = document.where(steps, key=True)
     if key in _REFUSED and not place:
         errors.append(RecipeError(f"`{key}` is another trainer's", where=where, remedy=_REFUSED[key]))
+        del document.data[key]
     elif key in _DROPPED and place in ((), ("train",), ("data",)):
         del look(document.data, place)[key]
         notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
@@ -196,10 +197,10 @@ def _rename(document: Document, steps: Steps, target: Steps, notes: list[str], e
     for end in range(1, len(target)):
         if look(document.data, target[:end]) is not None and not isinstance(look(document.data, target[:end]), dict):
             return  # a section of the wrong type: the checker says so
+    old = look(document.data, steps[:-1]).pop(key)
     if has(document.data, target):
         errors.append(_twice(document, steps, target))
         return
-    old = look(document.data, steps)
     try:
         new = PEERS[key][1](old)
     except ValueError as reason:
@@ -207,7 +208,6 @@ def _rename(document: Document, steps: Steps, target: Steps, notes: list[str], e
         return
     document.set(target, new, like=steps)
     document.move(steps, target)
-    del look(document.data, steps[:-1])[key]
     notes.append(f"{where}: `{key}: {_shown(old)}` is read as `{dotted(target)}: {_shown(new)}`")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from luthier.contracts.errors import LuthierError, RecipeError
 from luthier.recipe.document import Document, Steps, dotted
-from luthier.recipe.forms import expand, look, plain, quantized
+from luthier.recipe.forms import DEFAULTS, expand, look, plain, settle
 from luthier.recipe.schema import (
     LIMITS,
     Schema,
@@ -41,7 +41,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def checked(sections: dict[str, Any]) -> tuple[dict[str, Any], list[LuthierError]]:
     """What Python passed, written out and completed, and all that is wrong with it."""
     document = Document(plain(sections), "Recipe(...)")
-    errors = expand(document) or quantized(document)[1]
+    errors = expand(document) or settle(document)[1]
     errors = errors or problems(document) or conflicts(document)
     return (document.data, errors) if errors else (complete(document.data), [])
 
@@ -80,7 +80,7 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
     """A copy with the defaults of its method and objective, so that a later default changes no old run."""
     made = {**data}
     for room in ("method", "objective"):
-        section = made.get(room) or {"name": {"method": "lora", "objective": "sft"}[room]}
+        section = made.get(room) or {"name": DEFAULTS[room]}
         fields = properties_of(room, str(section["name"])) or {}
         defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
         made[room] = {"name": section["name"], **defaults, **section}

@@ -189,10 +189,10 @@ class _Walk:
         return made
 
     def key(self, node: yaml.Node) -> str | None:
-        if not isinstance(node, yaml.ScalarNode) or not node.value:
+        if not isinstance(node, yaml.ScalarNode) or (node.tag == _PLAIN and not node.value):
             self.wrong(node, "a key must be a word", value=type(node.value).__name__)
             return None
-        if node.value == "<<" and node.style is None:
+        if node.tag == _PLAIN and node.value == "<<":
             self.wrong(node, "merge keys are not part of YAML 1.2", value="<<", remedy="write the fields out")
             return None
         return str(node.value)
@@ -235,6 +235,27 @@ def read_scalar(text: str) -> Any:
     if special := _SPECIAL_FLOAT.fullmatch(text):
         return float("nan") if special[3] else float(special[1] + "inf")
     return text
+
+
+def dump(data: Any) -> str:
+    """YAML that reads back to `data` here and by YAML 1.1: text that either would take for something else is quoted."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `read_scalar` would not leave as text, and shares nothing by alias."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    odd = not isinstance(read_scalar(text[:80]), str) or not text.isprintable() or text == "<<"
+    return dumper.represent_scalar(_CORE + "str", text, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _yaml_files(folder: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from luthier.contracts.errors import LuthierError, RecipeError
 from luthier.recipe.document import Document, Steps
 
 SECTIONS = ("model", "data", "method", "objective", "train", "engine", "evaluate")
+DEFAULTS = {"method": "lora", "objective": "sft"}
 _SHORT = {"model": "path", "data": "train", "method": "name", "objective": "name"}
 _SOURCES: tuple[Steps, ...] = (("data", "train"), ("data", "eval"), ("evaluate", "on"))
 _LISTS: tuple[Steps, ...] = (("report_to",), ("data", "mask", "roles"), ("model", "add_tokens"))
@@ -78,16 +79,19 @@ def expand(document: Document) -> list[LuthierError]:
     return []
 
 
-def quantized(document: Document) -> tuple[list[str], list[LuthierError]]:
-    """`method: qlora` is lora on NF4 weights: say so, refuse another quantization beside it."""
+def settle(document: Document) -> tuple[list[str], list[LuthierError]]:
+    """After overrides: a method or objective without a name has the default's, `qlora` is lora on NF4."""
     root = document.data
+    for section, name in DEFAULTS.items():
+        if isinstance(root.get(section), dict):
+            root[section].setdefault("name", name)
     if look(root, ("method", "name")) != "qlora":
         return [], []
-    named, place = look(root, ("model", "quantization")), document.where(("method", "name"))
-    if named not in (None, "nf4"):
-        remedy = "write method: lora to keep that quantization"
-        return [], [RecipeError("qlora means model.quantization: nf4", where=place, value=named, remedy=remedy)]
+    asked, place = look(root, ("model", "quantization")), document.where(("method", "name"))
     document.set(("method", "name"), "lora", like=("method", "name"))
+    if asked not in (None, "nf4"):
+        remedy = "write method: lora to keep that quantization"
+        return [], [RecipeError("qlora means model.quantization: nf4", where=place, value=asked, remedy=remedy)]
     if isinstance(root.setdefault("model", {}), dict):
         document.set(("model", "quantization"), "nf4", like=("method", "name"))
     return [f"{place}: `method: qlora` is read as `method: lora` with `model.quantization: nf4`"], []

@@ -16,7 +16,7 @@ from luthier.contracts.errors import LuthierError, raise_all
 from luthier.recipe.aliases import translate
 from luthier.recipe.check import conflicts, problems
 from luthier.recipe.document import dotted, read_document
-from luthier.recipe.forms import expand, quantized
+from luthier.recipe.forms import expand, settle
 from luthier.recipe.override import lay_over
 from luthier.recipe.recipe import Recipe
 
@@ -44,7 +44,7 @@ def read(path: str, overrides: Sequence[str] = ()) -> Reading:
     expand(document)
     more, wrong = lay_over(document, overrides)
     notes, errors = notes + more, errors + wrong
-    more, wrong = quantized(document)
+    more, wrong = settle(document)
     notes, errors = notes + more, errors + wrong
     errors = [*errors, *problems(document)]
     raise_all(_in_order(errors) or conflicts(document))
