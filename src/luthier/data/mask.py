@@ -107,7 +107,7 @@ class Masker:
         learned = set(self.stops)
         if not self.template.has_markers:
             try:
-                learned |= self.habits.ends | (self.habits.openers if self.habits.tagged else frozenset())
+                learned |= self.habits.ends | ({self.habits.tag} if self.habits.tag else set())
             except NotProvable:
                 pass  # no answer can be masked either, and each is refused with the reason
         return tuple(sorted(self.vocabulary.control[name] for name in learned))
@@ -342,7 +342,7 @@ _PROBE_TOOLS = (
         "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
     }}},
 )  # fmt: skip
-_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", False)
+_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", "")
 
 
 def mask_chat(

@@ -52,7 +52,7 @@ class Habits:
     openers: frozenset[str]  # control strings that begin a turn
     ends: frozenset[str]  # control strings that close an answer
     closing: str  # text appended where the last answer has no stop token; "" = never
-    tagged: bool  # True: an answer is ended by the next turn's opener
+    tag: str  # the opener that ends an answer in families without a closing token; "" = they have one
 
 
 def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
@@ -80,31 +80,39 @@ def learn(template: Template, controls: re.Pattern[str], stops: Collection[str],
     except (NotTraceable, DataError) as error:
         reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
         raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
+    return _habits(controls, frozenset(stops), first, asked, prompted, between, last, history)
+
+
+def _habits(
+    controls: re.Pattern[str], stops: frozenset[str], first: str, asked: str, prompted: str,
+    between: str, last: str, history: str,
+) -> Habits:  # fmt: skip
+    """Habits from the texts: before a question, after it (without and with prompt), between question and answer,
+    after a last answer, and between an answer and the next question."""
+    names = controls.findall
     kept = atomic_prefix(asked, prompted, controls)
-    header = prompted[kept:]
-    lead = between[atomic_prefix(between, prompted, controls) :]
     common = history[: atomic_prefix(history, last, controls)]
-    ends = {name for name in _names(common, controls)[-1:]}
-    ends |= {name for name in _names(common, controls) if name in stops}
-    if not ends:
-        ends |= {name for name in _names(last, controls)[-1:]}
-        closers = _names(asked[:kept], controls)[:1]
-        if closers and _names(history, controls)[:1] == closers:
-            ends |= set(closers)
-    ends |= {name for name in _names(last, controls) if name in stops and not common}
-    names = _names(history, controls)
-    after = next((i + 1 for i, name in enumerate(names) if name in ends or name in stops), 0)
-    openers = set(names[after : after + 1]) | set(_names(header, controls)[:1]) | set(_names(first, controls)[:1])
-    tagged = bool(names) and after == 0
+    closer = names(asked[:kept])[:1]
+    ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
+    ends = ends or set(names(common)[-1:])
+    if not ends:  # the last turn ends otherwise than the others, or without a token
+        ends = {name for name in names(last) if name in stops} or set(names(last)[-1:])
+        if closer and names(history)[:1] == closer:
+            ends |= set(closer)
+    header = prompted[kept:]
+    if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
+        header = asked[asked.index(closer[0]) + len(closer[0]) :]
+    seen = names(history)
+    after = next((i + 1 for i, name in enumerate(seen) if name in ends or name in stops), 0)
+    openers = set(seen[after : after + 1]) | set(names(header)[:1]) | set(names(first)[:1])
     closing = ""
-    if not _names(last, controls) and names:
-        tag = next(controls.finditer(history))
-        closing = history[len(common) : tag.end()] if last == common else tag.group()
-    return Habits(header, lead, frozenset(openers - ends), frozenset(ends), closing, tagged)
-
-
-def _names(text: str, controls: re.Pattern[str]) -> list[str]:
-    return controls.findall(text)
+    if seen and not names(last):
+        found = next(controls.finditer(history))
+        closing = history[len(common) : found.end()] if last == common else found.group()
+    return Habits(
+        header=header, lead=between[atomic_prefix(between, prompted, controls) :], openers=frozenset(openers - ends),
+        ends=frozenset(ends), closing=closing, tag=seen[0] if seen and not after else "",
+    )  # fmt: skip
 
 
 def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
@@ -167,15 +175,14 @@ class TurnFinder:
         if empty:
             return before + self._empty_start(index, region, header)
         if header is not None:
-            if with_prompt:
-                thought = _THINK.search(header)
-                header = header[: thought.start()] if thought else header
-            shared = atomic_prefix(region, header, self.controls)
-            rest = region[shared:]
-            if shared == len(header) or not rest.strip() or not _THINK.sub("", rest).strip():
-                return self._checked(index, before + shared, first)
             thought = _THINK.search(header)
-            aligned = _aligned(region, header) or (_aligned(region, header[: thought.start()]) if thought else None)
+            role = header[: thought.start()] if thought else header
+            if with_prompt:
+                header = role
+            shared = atomic_prefix(region, header, self.controls)
+            if shared >= len(role.rstrip()) or not region[shared:].strip():
+                return self._checked(index, before + shared, first)
+            aligned = _aligned(region, header) or _aligned(region, role)
             if aligned is not None:
                 return self._checked(index, before + aligned, first)
         known = self.habits.header.strip()
@@ -190,7 +197,7 @@ class TurnFinder:
         if header:
             if region.startswith(header):
                 return len(header)
-            if (aligned := _aligned(region, header, whole=False)) is not None:
+            if (aligned := _aligned(region, header)) is not None:
                 return aligned
         raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
 
@@ -228,8 +235,8 @@ class TurnFinder:
             name = found.group()
             if name in self.habits.ends or name in self.stops:
                 return found.end(), ""
-            if name in self.habits.openers or (self.habits.tagged and _alike(name, self.habits.openers)):
-                if self.habits.tagged:
+            if name in self.habits.openers or (self.habits.tag and _alike(name, self.habits.openers)):
+                if self.habits.tag:
                     return found.end(), ""
                 if closer is not None:
                     return closer, ""
@@ -247,8 +254,8 @@ class TurnFinder:
         )
 
 
-def _aligned(region: str, header: str, *, whole: bool = True) -> int | None:
-    """Where `header` ends in `region` if they agree but for white space (`whole`: nothing visible may follow)."""
+def _aligned(region: str, header: str) -> int | None:
+    """Where `header` ends in `region` if the region begins with it but for white space."""
     wanted = "".join(header.split())
     if not wanted:
         return None
@@ -260,7 +267,7 @@ def _aligned(region: str, header: str, *, whole: bool = True) -> int | None:
             return None
         at += 1
         if at == len(wanted):
-            return None if whole and region[position + 1 :].strip() else position + 1
+            return position + 1
     return None
 
 
