@@ -101,16 +101,24 @@ class Masker:
         assert failure is not None
         raise failure
 
+    @cached_property
+    def habits_or_none(self) -> Habits:
+        """The habits, or empty ones where they cannot be learned: then every row without markers is refused anyway."""
+        try:
+            return self.habits
+        except NotProvable:
+            return _NO_HABITS
+
+    @cached_property
+    def closers(self) -> frozenset[str]:
+        """Control strings that end an answer."""
+        habits = self.habits_or_none
+        return self.stops | habits.ends | ({habits.tag} if habits.tag else frozenset())
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that generation must stop at: those given, and those that this mask trains as stops."""
-        learned = set(self.stops)
-        if not self.template.has_markers:
-            try:
-                learned |= self.habits.ends | ({self.habits.tag} if self.habits.tag else set())
-            except NotProvable:
-                pass  # no answer can be masked either, and each is refused with the reason
-        return tuple(sorted(self.vocabulary.control[name] for name in learned))
+        return tuple(sorted(self.vocabulary.control[name] for name in self.closers))
 
     def mask(self, chat: Chat) -> Masked:
         """Tokens and weights, or DataError with the row's place and the reason."""
@@ -220,11 +228,7 @@ class Masker:
     def turn_marks(self) -> frozenset[str]:
         """Control strings that begin and end turns: even an assistant's own text must not forge them."""
         special = {self.tokenizer.bos_token, self.tokenizer.eos_token}
-        try:
-            habits = self.habits
-        except NotProvable:
-            habits = _NO_HABITS
-        return frozenset(name for name in {*special, *self.stops, *habits.ends, *habits.openers} if name)
+        return frozenset(name for name in {*special, *self.closers, *self.habits_or_none.openers} if name)
 
     def _derived_turns(
         self, finder: TurnFinder, chat: Chat, weights: Sequence[float]
@@ -314,16 +318,18 @@ class Masker:
                     raise NotProvable(f"the template drops the argument {leaf} of a tool call in message {index}")
 
     def _check_stop(self, chat: Chat, encoded: Encoded, inside: np.ndarray, turn: Turn) -> None:
-        """The last trained token that is not white space stops generation."""
+        """The last trained token that is not white space stops generation (a call may end with a token of its own)."""
+        calls = chat.messages[turn.message].get("tool_calls") or self.habits_or_none.tag
         if chat.messages[turn.message]["role"] != "assistant":
             return
         for i in np.flatnonzero(inside)[::-1]:
             token = encoded.text[encoded.start_T[i] : encoded.end_T[i]]
             if not token.strip():
                 continue
-            if int(encoded.ids_T[i]) in self.vocabulary.names:
-                return
-            break
+            name = self.vocabulary.names.get(int(encoded.ids_T[i]))
+            if name is None or (self.closers and name not in self.closers and not calls):
+                break
+            return
         raise NotProvable(
             f"the answer of message {turn.message} does not end with a stop token",
             "write {{ eos_token }} inside the assistant's turn in model.chat_template",

@@ -99,6 +99,9 @@ def _habits(
         ends = {name for name in names(last) if name in stops} or set(names(last)[-1:])
         if closer and names(history)[:1] == closer:
             ends |= set(closer)
+        if not ends:  # what stands in history before the question's own header
+            cut = len(history) - len(commonprefix([history[::-1], first[::-1]]))
+            ends = set([found.group() for found in controls.finditer(history) if found.start() < cut][-1:])
     header = prompted[kept:]
     if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
         header = asked[asked.index(closer[0]) + len(closer[0]) :]
@@ -235,23 +238,43 @@ class TurnFinder:
             name = found.group()
             if name in self.habits.ends or name in self.stops:
                 return found.end(), ""
-            if name in self.habits.openers or (self.habits.tag and _alike(name, self.habits.openers)):
-                if self.habits.tag:
-                    return found.end(), ""
-                if closer is not None:
-                    return closer, ""
+            if name in self.habits.openers:
                 break
-            if not name.startswith("</"):
-                closer = found.end()
+            closer = found.end()
         else:
             if after == len(text) and self.habits.closing:
                 return len(text), self.habits.closing
+            closer = None
+        if self.habits.tag:
+            closer = self._tag_end(index, last, after)
+        elif not self.messages[index].get("tool_calls"):
+            closer = None  # only a call may end otherwise than an answer: <|eom_id|>, <|call|>
+        if closer is not None:
+            return closer, ""
         if not required:
             return last, ""
         raise NotProvable(
             f"no stop token follows message {index}",
             "write {{ eos_token }} after the assistant's content in model.chat_template",
         )
+
+    def _tag_end(self, index: int, last: int, after: int) -> int | None:
+        """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+        try:
+            alone = trace(self.template, self.messages[: index + 1], self.tools)
+        except (DataError, NotTraceable):
+            return None
+        own = alone.of(index)
+        tail = alone.text[max(span.end for span in own) :] if own else ""
+        for found in self.controls.finditer(tail):
+            if found.group() in self.habits.ends or found.group() in self.stops:  # only a last answer has it
+                tail = tail[: found.start()]
+                break
+        if not self.whole.text.startswith(tail, last):
+            return None
+        tag = self.controls.search(self.whole.text, last + len(tail), after)
+        between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
+        return tag.end() if tag and not between.strip() else None
 
 
 def _aligned(region: str, header: str) -> int | None:
@@ -269,8 +292,3 @@ def _aligned(region: str, header: str) -> int | None:
         if at == len(wanted):
             return position + 1
     return None
-
-
-def _alike(name: str, openers: Collection[str]) -> bool:
-    """A role tag of the same make as the known openers: `<|observation|>` beside `<|user|>`."""
-    return any(name[:2] == other[:2] and name[-2:] == other[-2:] and not name.startswith("</") for other in openers)
