@@ -76,8 +76,8 @@ def test_alpaca_prompt_completion_and_text() -> None:
         ("assistant", "o"),
     ]
     assert roles(read({"instruction": "i", "input": "", "output": "o"})) == [("user", "i"), ("assistant", "o")]
-    for asked, given in (("prompt", "completion"), ("question", "answer"), ("instruction", "response")):
-        assert read({asked: "p", given: "c", "id": 3}) == Completion("p", "c", AT)
+    for asked, said in (("prompt", "completion"), ("question", "answer"), ("instruction", "response")):
+        assert read({asked: "p", said: "c", "id": 3}) == Completion("p", "c", AT)
     both = read({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
     assert both.weights == (0.0, 0.0, 0.0, None)
     assert read({"text": " t "}) == Text(" t ", AT)

@@ -230,7 +230,7 @@ def test_splits_of_a_directory(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match="several splits — .* — saw test, train — say which"):
+    with pytest.raises(DataError, match=r"several splits — .* — saw test, train — say which"):
         expand(str(tmp_path))
     assert expand(str(tmp_path), "train") == [str(tmp_path / name) for name in names[:2]]
     with pytest.raises(DataError, match="holds test, train"):

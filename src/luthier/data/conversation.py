@@ -168,7 +168,7 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     calls = from_json(calls, source, f"{place}.tool_calls")
     if calls and (role != "assistant" or not isinstance(calls, Sequence)):
         raise wrong("tool calls are a list in an assistant's turn", source, f"{place}.tool_calls",
-                    value=kind_of(calls), remedy='[{"type": "function", "function": {…}}] in an assistant turn')  # fmt: skip
+                    value=kind_of(calls), remedy='[{"type": "function", "function": {…}}]')  # fmt: skip
     content = message.get("content")
     if content is None and calls:
         content = ""
