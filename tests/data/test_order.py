@@ -58,3 +58,11 @@ def test_steps_are_full_and_not_sorted_by_length() -> None:
     means = [lengths[step].mean() for step in steps if len(step) > 20]
     shuffled = [lengths[order(9, i, 5000)[:120]].mean() for i in range(50)]
     assert np.std(means) < 2 * np.std(shuffled)
+
+
+def test_rows_of_nearly_half_a_step_stay_within_it() -> None:
+    lengths = np.random.default_rng(1).integers(30, 70, 800)
+    steps = plan_epoch(lengths, PlanSpec(seed=3, epoch=0, tokens_per_step=100, window=64))
+    assert max(lengths[step].sum() for step in steps) <= 100
+    assert sorted(row for step in steps for row in step) == list(range(800))
+    assert len(steps) < 1.15 * lengths.sum() / 100
