@@ -51,7 +51,7 @@ def _enter(over: Document, text: str, notes: list[str]) -> None:
     if not equals:
         raise RecipeError("an override reads path=value", where=name, remedy="such as train.epochs=2")
     if not _PATH.fullmatch(path):
-        raise RecipeError("not a path", where=name, value=path, remedy="such as data.train[0].weight=0.5")
+        raise RecipeError("not a path", where=name, value=path or "nothing", remedy="such as data.train[0].weight=0.5")
     steps: Steps = tuple(int(part) if part.isdigit() else part for part in _STEP.findall(path))
     data = parse(value, name, placed=False).data
     into: Any = over.data
