@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Piece, Record, Sample, Source, Text
 from luthier.data.ledger import Dropped
-from luthier.data.mask import Masked, Masker, MaskPolicy, message_weights
+from luthier.data.mask import Masked, Masker
+from luthier.data.policy import MaskPolicy, message_weights
 from luthier.data.template import Template
 from luthier.data.tokens import check_atomic
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
@@ -99,7 +100,7 @@ class Encoder:
                 shown = weights_T[start:end].copy()
                 shown[:1] = 0.0
                 if shown.any():
-                    made.append(Sample((Piece(tokens_T[start:end], shown),), record.source))
+                    made.append(Sample((_piece(tokens_T[start:end], shown),), record.source))
         if not made:
             was_cut = any(len(row[0]) > self.max_tokens for row in rows)
             raise Dropped("no trained token after truncation" if was_cut else "no trained token")
@@ -260,3 +261,7 @@ def _row(ids: Sequence[int], weights: Sequence[float]) -> Row:
     weights_T = np.asarray(weights, dtype=np.float32)
     weights_T[:1] = 0.0
     return np.asarray(ids, dtype=np.int64), weights_T, ()
+
+
+def _piece(tokens_T: np.ndarray, weights_T: np.ndarray) -> Piece:
+    return Piece(cast(Sequence[int], tokens_T), cast(Sequence[float], weights_T))

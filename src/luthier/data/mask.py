@@ -17,8 +17,7 @@ A template with markers is taken at its word: its author says what trains, `trai
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,38 +26,18 @@ import numpy as np
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
-from luthier.data.provenance import NotTraceable, Span, Trace, trace
-from luthier.data.template import Template, in_parts
-from luthier.data.tokens import missing_tokens, not_atomic
+from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
+from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, unshown
+from luthier.data.provenance import NotTraceable, Trace, trace
+from luthier.data.template import Template
+from luthier.data.tokens import not_atomic
 from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _KEEP_REASONING: tuple[Mapping[str, Any], ...] = (
     {"preserve_thinking": True}, {"keep_past_thinking": True}, {"clear_thinking": False},
     {"truncate_history_thinking": False},
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MaskPolicy:
-    """`data.mask` and `data.injection` of the recipe."""
-
-    roles: tuple[str, ...] = ("assistant",)
-    last_turn_only: bool = False
-    thinking: str = "as_template"  # as_template | split | keep_all
-    train_generation_prompt: bool = False
-    injection: str = "escape"  # escape | error | allow
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A trained stretch of the text: characters `start:end`, of message `message`, with its loss weight."""
-
-    message: int
-    start: int
-    end: int
-    weight: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +101,7 @@ class Masker:
 
     def mask(self, chat: Chat) -> Masked:
         """Tokens and weights, or DataError with the row's place and the reason."""
-        chat = _checked_roles(chat)
+        chat = checked_roles(chat)
         try:
             return self._mask(chat)
         except NotTraceable as error:
@@ -139,13 +118,13 @@ class Masker:
         """The conversation in the form that the template takes, and its trace."""
         template = replace(self.template, variables={**self.template.variables, **variables}) if variables else None
         failure: Exception | None = None
-        for form in _forms(chat):
+        for form in forms(chat):
             try:
                 found = trace(
                     template or self.template, form.messages, form.tools,
                     add_generation_prompt=prompt, controls=self.vocabulary.pattern,
                 )  # fmt: skip
-                self._check_shown(form, found)
+                check_shown(form, found)
                 return form, found
             except (DataError, NotTraceable, NotProvable) as error:
                 failure = failure or error
@@ -168,7 +147,7 @@ class Masker:
             turns, closing = self._marked_turns(chat, found, weights), ""
         else:
             turns, closing = self._derived_turns(finder, chat, weights)
-        self._check_turns(chat, found, turns)
+        check_turns(chat, found, turns)
         encoded, escaped = self.encode(found.text + closing, found, chat)
         weights_T = np.zeros(len(encoded), dtype=np.float32)
         for turn in turns:
@@ -177,17 +156,17 @@ class Masker:
             self._check_stop(chat, encoded, inside, turn)
         if len(weights_T):
             weights_T[0] = 0.0
-        return Masked(encoded, weights_T, tuple(turns), escaped, _unshown(chat, found))
+        return Masked(encoded, weights_T, tuple(turns), escaped, unshown(chat, found))
 
     def _traced(self, chat: Chat) -> tuple[Chat, Trace]:
         if self.policy.thinking != "keep_all":
             return self.trace(chat)
         form, found = self.trace(chat)
         for variables in _KEEP_REASONING:
-            if not _unshown(form, found):
+            if not unshown(form, found):
                 break
             form, found = self.trace(chat, **variables)
-        if _unshown(form, found):
+        if unshown(form, found):
             raise NotProvable(
                 "the template leaves out the reasoning of earlier answers", "data.mask.thinking: split | as_template"
             )
@@ -195,7 +174,7 @@ class Masker:
 
     def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
         """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
-        missing = _missing(text, found, self.tokenizer)
+        missing = broken_controls(text, found, self.tokenizer)
         if missing:
             raise not_atomic(missing, f"{chat.source} ({self.template.name})")
         encoded = self.vocabulary.encode(text)
@@ -230,9 +209,7 @@ class Masker:
         special = {self.tokenizer.bos_token, self.tokenizer.eos_token}
         return frozenset(name for name in {*special, *self.closers, *self.habits_or_none.openers} if name)
 
-    def _derived_turns(
-        self, finder: TurnFinder, chat: Chat, weights: Sequence[float]
-    ) -> tuple[list[Turn], str]:
+    def _derived_turns(self, finder: TurnFinder, chat: Chat, weights: Sequence[float]) -> tuple[list[Turn], str]:
         turns: list[Turn] = []
         closing = ""
         for index, weight in enumerate(weights):
@@ -277,46 +254,6 @@ class Masker:
             raise NotProvable(f"the template's generation blocks leave out answer {absent[0]}")
         return turns
 
-    def _check_shown(self, chat: Chat, found: Trace) -> None:
-        """Every message is in the text: content once, tool calls with name and arguments."""
-        counts: dict[tuple[int, str], int] = {}
-        for span in found.spans:
-            counts[span.message, span.kind] = counts.get((span.message, span.kind), 0) + 1
-        wanted: dict[tuple[int, str], int] = {}
-        for piece in found.wanted:
-            wanted[piece] = wanted.get(piece, 0) + 1
-        for (message, kind), number in wanted.items():
-            if message < 0 or kind in ("reasoning", "other"):
-                continue
-            role = str(chat.messages[message]["role"])
-            seen = counts.get((message, kind), 0)
-            what = "the content of" if kind == "content" else f"a tool call's {kind} in"
-            if seen < number:
-                raise NotProvable(
-                    f"the template drops {what} message {message} ({role})",
-                    "give a template that prints it in model.chat_template, or change the row",
-                )
-            if seen > number and kind == "content" and role == "assistant":
-                raise NotProvable(f"the template prints {what} message {message} ({role}) more than once")
-
-    def _check_turns(self, chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:
-        """No content of another message inside a trained span; all of the message's own inside its spans."""
-        for turn in turns:
-            for span in found.spans:
-                if span.message != turn.message and span.start < turn.end and turn.start < span.end:
-                    raise NotProvable(f"content of message {span.message} lies in the trained span of {turn.message}")
-        for index in {turn.message for turn in turns}:
-            own = [turn for turn in turns if turn.message == index]
-            for span in found.of(index):
-                if span.kind == "other":
-                    continue
-                if not any(turn.start <= span.start and span.end <= turn.end for turn in own):
-                    raise NotProvable(f"the {span.kind} of message {index} is not wholly inside its trained span")
-            shown = "".join(found.text[turn.start : turn.end] for turn in own)
-            for leaf in _plain_leaves(chat.messages[index]):
-                if leaf not in shown:
-                    raise NotProvable(f"the template drops the argument {leaf} of a tool call in message {index}")
-
     def _check_stop(self, chat: Chat, encoded: Encoded, inside: np.ndarray, turn: Turn) -> None:
         """The last trained token that is not white space stops generation (a call may end with a token of its own)."""
         calls = chat.messages[turn.message].get("tool_calls") or self.habits_or_none.tag
@@ -356,101 +293,3 @@ def mask_chat(
 ) -> Masked:
     """One conversation; a run makes one `Masker` and keeps it."""
     return Masker(template, tokenizer, policy, stop_ids).mask(chat)
-
-
-def message_weights(chat: Chat, policy: MaskPolicy) -> list[float]:
-    """Loss weight of each message: its own where the row gives one, else 1 for the roles of the policy."""
-    weights = [1.0 if message["role"] in policy.roles else 0.0 for message in chat.messages]
-    if policy.last_turn_only:
-        last = max((i for i, weight in enumerate(weights) if weight), default=-1)
-        weights = [weight if i == last else 0.0 for i, weight in enumerate(weights)]
-    if chat.weights is not None:
-        weights = [weight if own is None else float(own) for weight, own in zip(weights, chat.weights, strict=True)]
-    return weights
-
-
-def _checked_roles(chat: Chat) -> Chat:
-    for index, message in enumerate(chat.messages):
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"message {index} has an unknown role", where=str(chat.source), value=message.get("role"),
-                remedy="roles are " + ", ".join(ROLES),
-            )  # fmt: skip
-    return chat
-
-
-def _forms(chat: Chat) -> Iterator[Chat]:
-    """The same conversation as templates of different minds want it: arguments as text, content as a list of parts."""
-    yield chat
-    calls = any(message.get("tool_calls") for message in chat.messages)
-    if calls:
-        yield replace(chat, messages=[_with_text_arguments(message) for message in chat.messages])
-        if any(message.get("content") is None for message in chat.messages):
-            filled = [{**m, "content": m.get("content") or ""} for m in chat.messages]
-            yield replace(chat, messages=filled)
-            yield replace(chat, messages=[_with_text_arguments(message) for message in filled])
-    yield replace(chat, messages=in_parts(chat.messages))
-
-
-def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call.get("function") or {})
-        if not isinstance(function.get("arguments"), str):
-            function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-        calls.append({**call, "function": function})
-    return {**message, "tool_calls": calls}
-
-
-def _plain_leaves(message: Mapping[str, Any]) -> list[str]:
-    """Numbers and truth values among the arguments of tool calls, as JSON writes them."""
-    found: list[str] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for item in value.values():
-                walk(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append(json.dumps(value))
-
-    for call in message.get("tool_calls") or ():
-        walk((call.get("function") or {}).get("arguments"))
-    return found
-
-
-def _unshown(chat: Chat, found: Trace) -> int:
-    """Answers that have reasoning which the text does not show."""
-    shown = {span.message for span in found.spans if span.kind == "reasoning"}
-    given = {message for message, kind in found.wanted if kind == "reasoning"}
-    return len(given - shown)
-
-
-def _missing(text: str, found: Trace, tokenizer: Any) -> list[str]:
-    """Control strings that the template itself printed and that are not single tokens."""
-    if not missing_tokens([text], tokenizer):
-        return []
-    pieces: list[str] = []
-    position = 0
-    for span in _merged(found.spans):
-        pieces.append(text[position : span[0]])
-        position = max(position, span[1])
-    pieces.append(text[position:])
-    return missing_tokens(pieces, tokenizer)
-
-
-def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    made: list[tuple[int, int]] = []
-    for span in spans:
-        if made and span.start <= made[-1][1]:
-            made[-1] = (made[-1][0], max(made[-1][1], span.end))
-        else:
-            made.append((span.start, span.end))
-    return made
-
-
-__all__ = ["MaskPolicy", "Masked", "Masker", "Turn", "mask_chat", "message_weights"]

@@ -74,7 +74,7 @@ def trace(
     template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
     *, add_generation_prompt: bool = False, controls: re.Pattern[str] | None = None, plain: str | None = None,
 ) -> Trace:  # fmt: skip
-    """The spans of a conversation, or NotTraceable. `controls` find control strings in tools and names to follow too."""
+    """The spans of a conversation, or NotTraceable. `controls` finds control strings in tools and names too."""
     if plain is None:
         plain = template.render(messages, tools, add_generation_prompt)
     reason = ""

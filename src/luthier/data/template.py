@@ -33,10 +33,12 @@ LONGEST_TEMPLATE = 1 << 20  # characters; the longest known is below 60,000
 LONGEST_RENDER = 1 << 25
 LONGEST_REPEAT = 1 << 20
 ALLOWED_VARIABLES = frozenset(
-    "enable_thinking thinking preserve_thinking keep_past_thinking clear_thinking truncate_history_thinking "
-    "add_vision_id reasoning_effort date_string builtin_tools custom_tools tools_in_user_message "
-    "model_identity xml_tools python_tools thinking_budget".split()
-)
+    [
+        "enable_thinking", "thinking", "preserve_thinking", "keep_past_thinking", "clear_thinking",
+        "truncate_history_thinking", "add_vision_id", "reasoning_effort", "date_string", "builtin_tools",
+        "custom_tools", "tools_in_user_message", "model_identity", "xml_tools", "python_tools", "thinking_budget",
+    ]
+)  # fmt: skip
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _MARKS = "luthier_marks"  # render variable: (opening, closing) around each generation block
 # what a special token can look like; `tokens.py` decides which of them must be atomic
@@ -244,7 +246,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 class _Namespace(jinja2.utils.Namespace):
     """Namespaces without underscore names, as transformers has it."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805 - jinja's own signature, so that `self=` works
+    def __init__(*args: Any, **kwargs: Any) -> None:  # jinja's own signature, so that `self=` works
         self, args = args[0], args[1:]
         attributes = dict(*args, **kwargs)
         for name in attributes:
@@ -306,7 +308,7 @@ def _compile(text: str, name: str, now: datetime) -> jinja2.Template:
 def _constants(text: str, name: str) -> list[str]:
     """The literal texts of a template: what it prints as it stands, and its string constants (joined by `+`, `~`)."""
     try:
-        tree = _environment(datetime(2000, 1, 1)).parse(text)
+        tree = _environment(datetime.fromtimestamp(0)).parse(text)  # noqa: DTZ006 - no date is printed
     except TemplateError as error:
         raise DataError("the chat template does not parse", where=name, value=error.message) from None
     found = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]

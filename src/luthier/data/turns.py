@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -57,7 +56,7 @@ class Habits:
 
 def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
     """Length of the common prefix that cuts no control string of either text."""
-    n = len(commonprefix([one, other]))
+    n = _common(one, other)
     moved = True
     while moved:
         moved = False
@@ -68,27 +67,50 @@ def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
     return n
 
 
+def _common(one: str, other: str) -> int:
+    """Length of the common prefix, by characters."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices compare in C, so halving beats a loop
+        middle = (low + high + 1) // 2
+        if one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def learn(template: Template, controls: re.Pattern[str], stops: Collection[str], tools: Tools = None) -> Habits:
     """The habits of a template, or NotProvable. `stops` are the stop tokens of tokenizer and generation config."""
     user = {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
     try:
         first, asked = _around(template, [user], tools, prompt=False)
-        prompted = _around(template, [user], tools, prompt=True)[1]
         between, last = _around(template, [user, answer], tools, prompt=False)
-        history = _around(template, [user, answer, user], tools, prompt=False)[0]
+        texts = _Texts(
+            first=first, asked=asked, between=between, last=last,
+            prompted=_around(template, [user], tools, prompt=True)[1],
+            history=_around(template, [user, answer, user], tools, prompt=False)[0],
+        )  # fmt: skip
     except (NotTraceable, DataError) as error:
         reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
         raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
-    return _habits(controls, frozenset(stops), first, asked, prompted, between, last, history)
+    return _habits(controls, frozenset(stops), texts)
 
 
-def _habits(
-    controls: re.Pattern[str], stops: frozenset[str], first: str, asked: str, prompted: str,
-    between: str, last: str, history: str,
-) -> Habits:  # fmt: skip
-    """Habits from the texts: before a question, after it (without and with prompt), between question and answer,
-    after a last answer, and between an answer and the next question."""
+@dataclass(frozen=True)
+class _Texts:
+    """What a template prints around the content of small conversations."""
+
+    first: str  # before a question that begins
+    asked: str  # after a question that ends, without a generation prompt
+    prompted: str  # the same with one
+    between: str  # from a question to its answer
+    last: str  # after an answer that ends
+    history: str  # from an answer to the next question
+
+
+def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> Habits:
+    first, asked, prompted, history, last = texts.first, texts.asked, texts.prompted, texts.history, texts.last
     names = controls.findall
     kept = atomic_prefix(asked, prompted, controls)
     common = history[: atomic_prefix(history, last, controls)]
@@ -100,7 +122,7 @@ def _habits(
         if closer and names(history)[:1] == closer:
             ends |= set(closer)
         if not ends:  # what stands in history before the question's own header
-            cut = len(history) - len(commonprefix([history[::-1], first[::-1]]))
+            cut = len(history) - _common(history[::-1], first[::-1])
             ends = set([found.group() for found in controls.finditer(history) if found.start() < cut][-1:])
     header = prompted[kept:]
     if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
@@ -113,7 +135,7 @@ def _habits(
         found = next(controls.finditer(history))
         closing = history[len(common) : found.end()] if last == common else found.group()
     return Habits(
-        header=header, lead=between[atomic_prefix(between, prompted, controls) :], openers=frozenset(openers - ends),
+        header=header, lead=texts.between[atomic_prefix(texts.between, prompted, controls) :], openers=frozenset(openers - ends),
         ends=frozenset(ends), closing=closing, tag=seen[0] if seen and not after else "",
     )  # fmt: skip
 

@@ -174,7 +174,7 @@ class Vocabulary:
         return self._encoded(encoded.text, ids, offsets)
 
     def _made_twins(self) -> tuple[Tokenizer, Tokenizer]:
-        """Without control tokens: one for the beginning of a text, one for later (no prefix where only the first has)."""
+        """Without control tokens: one for the beginning of a text, one for later (no prefix there)."""
         if self._twins is None:
             described = json.loads(self.backend.to_str())
             described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] not in self.control]
