@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny, tiny_tokenizer
 
 from luthier.cli.main import main
+from tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
