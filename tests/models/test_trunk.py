@@ -12,10 +12,18 @@ from luthier.contracts.batch import Batch
 from luthier.models.head import find_head_map
 from luthier.models.logprobs import HeadMap
 from luthier.models.probe import probe_batch
+from luthier.models.sites import AdaptedLinear, SavedModule, switched_off
 from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.models.unpacked import leaves, paths_of
 from tiny import tiny
 from tiny_families import family
+
+
+class Doubled(nn.Module):
+    """The delta of an `AdaptedLinear`."""
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return 2 * y
 
 
 class Nudged(nn.Module):
@@ -89,6 +97,24 @@ def test_a_head_swapped_after_opening_goes_through_in_chunks(frozen: bool) -> No
     assert chunked[2] == "chunked"
     assert {"lm_head.down", "lm_head.up"} <= chunked[1].keys()
     assert_same(chunked, whole)
+
+
+def test_a_trained_copy_and_a_site_that_is_off_are_plain_heads() -> None:
+    model, batch = tiny("llama"), probe_batch(290)
+    before = run(model, batch, TrunkFacts())
+    model.lm_head = SavedModule(model.lm_head)
+    with torch.no_grad():
+        model.lm_head.copy.weight.mul_(2)
+    copied = run(model, batch, TrunkFacts())
+    assert copied[2] == "fused"
+    assert_same(copied, run(model, batch, TrunkFacts(head_map=None)))
+    assert "lm_head.copy.weight" in copied[1]
+    model.lm_head = AdaptedLinear(model.lm_head.base_layer, Doubled())
+    assert run(model, batch, TrunkFacts())[2] == "chunked"
+    with switched_off(model):
+        off = run(model, batch, TrunkFacts())
+    assert off[2] == "fused"
+    assert torch.equal(off[0], before[0])
 
 
 def test_a_hook_on_the_head_is_honoured() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
             hidden = decoder(input_ids=tokens_T[None], use_cache=False)[0]
             gain = _LOUD / head(hidden).abs().max().item()  # a soft cap shows only in large logits
             plain = head(hidden * gain).float()
-            with _amplified(decoder, gain):
+            with _amplified(head, gain):
                 logits = model(input_ids=tokens_T[None], use_cache=False).logits.float()
     except Exception:  # noqa: BLE001 a decoder that cannot be called alone: the whole model is
         return None
@@ -62,14 +61,9 @@ def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:
 
 
 @contextmanager
-def _amplified(decoder: nn.Module, gain: float) -> Iterator[None]:
-    """Within it the decoder's hidden rows are `gain` times as large."""
-
-    def louder(module: nn.Module, args: object, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * gain
-        return output
-
-    handle = decoder.register_forward_hook(louder)
+def _amplified(head: nn.Module, gain: float) -> Iterator[None]:
+    """Within it the head receives hidden rows `gain` times as large."""
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0] * gain, *args[1:]))
     try:
         yield
     finally:

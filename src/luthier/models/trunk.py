@@ -26,6 +26,7 @@ from luthier.contracts.batch import Batch
 from luthier.models.attention import forest_context
 from luthier.models.head import decoder_of
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
+from luthier.models.sites import SavedModule, Site
 from luthier.models.switch import native_attention, switch_in, switch_out
 from luthier.models.unpacked import Path, paths_of
 
@@ -67,7 +68,7 @@ class Trunk:
         """fused, chunked or model, as the modules stand now."""
         if self.facts.head_map is None:
             return "model"
-        return "fused" if _plain_linear(self.model.get_output_embeddings()) else "chunked"
+        return "fused" if _plain_linear(_head(self.model)) else "chunked"
 
     def close(self) -> None:
         """Give the model its own attention back."""
@@ -113,7 +114,7 @@ class Trunk:
         head_map = self.facts.head_map
         if head_map is None:
             return gather_logprobs(self._whole(inputs, scored_N), targets_N)
-        hidden, head = self._hidden(inputs, scored_N), self.model.get_output_embeddings()
+        hidden, head = self._hidden(inputs, scored_N), _head(self.model)
         if _plain_linear(head):
             bias = getattr(head, "bias", None)
             return token_logprobs(hidden, head.weight, targets_N, bias_V=bias, head_map=head_map)
@@ -135,6 +136,14 @@ class Trunk:
         if self._picks_rows and inputs["input_ids"].shape[0] == 1:
             return self.model(**inputs, use_cache=False, logits_to_keep=scored_N).logits.flatten(0, 1)
         return self.model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, scored_N)
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """What computes the logits now: a site that is off, or a trained copy, stands for the module it shows."""
+    head = model.get_output_embeddings()
+    while isinstance(head, SavedModule) or (isinstance(head, Site) and not head.on):
+        head = head.get_submodule(head._shown())
+    return head
 
 
 def _plain_linear(head: nn.Module) -> bool:
