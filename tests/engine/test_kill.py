@@ -67,7 +67,7 @@ def test_every_named_point_is_killed_at() -> None:
 
 def test_faults_are_inert_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUTHIER_FAULT", raising=False)
-    fault.fault("checkpoint.begin")
+    assert fault.fault("checkpoint.begin") is None
 
 
 def test_killed_at_random_moments(server: rig.Server, unbroken: Path, tmp_path: Path) -> None:

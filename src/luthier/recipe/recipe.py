@@ -83,7 +83,7 @@ class MaskSection(Section):
     last_turn_only: Bool = _field(False, "Train the last assistant turn only, when earlier turns are of lower quality.")
     thinking: Literal["as_template", "split", "keep_all"] = _field(
         "as_template",
-        "Reasoning: as_template trains what the template shows; split makes one row per answer; keep_all shows all of it.",
+        "Reasoning: as_template trains what the template shows; split makes one row per answer; keep_all shows it all.",
     )
     train_generation_prompt: Bool = _field(
         False, "Also train what the generation prompt adds after the role header, such as <think>."

@@ -1,4 +1,4 @@
-"""What a person does first, from the installed wheel, outside the checkout: recipes, a dry run, a run, the quickstart."""
+"""What a person does first, from the installed wheel, outside the checkout: recipes, a dry run, a run, an error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from tiny import tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from conftest import Installed
+    from wheel.conftest import Installed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conftest import Installed
+    from wheel.conftest import Installed
 
 ROOT = Path(__file__).resolve().parents[2]
 
