@@ -41,7 +41,10 @@ COUNTS = {
 TARGETS = (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), "all-linear")
 
 
-@pytest.mark.parametrize("name", COUNTS)
+SLOW = {"Llama-70B": pytest.mark.nightly}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in COUNTS])
 def test_trainable_counts_of_known_models(name: str) -> None:
     """r = 16 on the shapes alone; no weight is allocated."""
     for targets, expected in zip(TARGETS, COUNTS[name], strict=True):
