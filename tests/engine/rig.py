@@ -77,6 +77,7 @@ class Options:
     threads: Any = 1
     seed: int = 42
     schedule: str = "cosine"
+    checkpoint_activations: Any = "auto"
     keep_best: str | None = "eval_loss"
     guard: Guard = field(default_factory=Guard)
 
@@ -101,7 +102,7 @@ def build(directory: Path, **changes: Any) -> Run:
     return Run(
         directory=directory, method=method, objective=SFT(), trunk=open_trunk(model),
         stream=Stream(samples(), spec), device=device, precision=resolve_precision(o.precision, device),
-        train=section, engine=EngineSection(threads=o.threads),
+        train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
         evaluation=list(Stream(held_out, spec).batches()) if held_out else [],
         identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,

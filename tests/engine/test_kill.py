@@ -65,9 +65,12 @@ def test_every_named_point_is_killed_at() -> None:
     assert written <= {point.partition(":")[0] for point in POINTS}
 
 
-def test_faults_are_inert_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_inert_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LUTHIER_FAULT", raising=False)
-    assert fault.fault("checkpoint.begin") is None
+    for point in POINTS:
+        fault.fault(point.partition(":")[0])  # still here afterwards
+    assert "LUTHIER_FAULT" not in os.environ
+    assert not fault._seen
 
 
 def test_killed_at_random_moments(server: rig.Server, unbroken: Path, tmp_path: Path) -> None:
@@ -112,6 +115,21 @@ def test_a_signal_saves_and_stops(server: rig.Server, tmp_path: Path, number: si
     assert rows[-1] == {**rows[-1], "event": "end", "reason": "stopped", "step": last}
     assert checkpoint.step_of(checkpoint.found(tmp_path)[0]) == last
     assert "stopped: " in (tmp_path / "child.log").read_text()
+
+
+def test_a_second_signal_ends_at_once_with_the_last_checkpoint_intact(server: rig.Server, tmp_path: Path) -> None:
+    options = {"steps": 60, "every": None, "save_every": 4, "evaluation": 0}
+    assert server.run(tmp_path / "unbroken", **options) == 0
+    pid = server.start(tmp_path / "ended", {"LUTHIER_FAULT": "checkpoint.before_rename:2:HANG"}, **options)
+    wait_for_step(tmp_path / "ended", 8)  # its save hangs
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGINT)
+    assert server.wait() == 143
+    assert [row["event"] for row in read(tmp_path / "ended" / "journal.jsonl")].count("end") == 0
+    assert [path.name for path in checkpoint.found(tmp_path / "ended")] == ["checkpoint-4"]
+    assert server.run(tmp_path / "ended", resume="strict", **options) == 0
+    assert_as_if_unbroken(tmp_path / "ended", tmp_path / "unbroken", 60)
 
 
 def test_stopped_and_resumed_is_bit_equal(server: rig.Server, tmp_path: Path) -> None:

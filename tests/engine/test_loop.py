@@ -259,6 +259,29 @@ def test_a_halved_run_resumes_halved(tmp_path: Path) -> None:
     assert rig.final_digests(tmp_path / "broken", 6) == rig.final_digests(tmp_path / "whole", 6)
 
 
+def test_recomputed_activations_give_the_same_numbers(tmp_path: Path) -> None:
+    """LoRA with dropout, under forest attention: the masks are drawn again as they were."""
+    for name, on in (("kept", False), ("recomputed", True)):
+        run = rig.build(tmp_path / name, checkpoint_activations=on, steps=4, evaluation=0)
+        list(rig.train(run))
+        assert run.trunk.model.is_gradient_checkpointing == on
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
+
+
+def test_the_last_resort_is_to_recompute(tmp_path: Path) -> None:
+    run = rig.build(tmp_path, evaluation=0, steps=2)
+
+    def spoil(batch: Batch, logprobs: Tensor) -> Tensor:
+        if not run.trunk.model.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError("made up")
+        return logprobs
+
+    Shaken(run, spoil)
+    notes = [event.text for event in rig.train(run) if isinstance(event, Noted)]
+    assert "recomputed" in notes[-1]
+    assert checkpoint.load(tmp_path / "checkpoint-2").state["train"]["recompute"]
+
+
 def test_a_single_row_that_does_not_fit_is_named(tmp_path: Path) -> None:
     run = rig.build(tmp_path, evaluation=0)
     memory_for(run, 1)

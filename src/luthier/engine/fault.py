@@ -1,8 +1,8 @@
 """Named points where a test may make the machine fail. Inert unless the environment says LUTHIER_FAULT.
 
 LUTHIER_FAULT=checkpoint.after_manifest        die there (SIGKILL), the first time
-LUTHIER_FAULT=checkpoint.write:3:ENOSPC        raise OSError(ENOSPC) the third time
-LUTHIER_FAULT=checkpoint.write:3+:ENOSPC       the third time and ever after
+LUTHIER_FAULT=durable.write:3:ENOSPC        raise OSError(ENOSPC) the third time
+LUTHIER_FAULT=durable.write:3+:ENOSPC       the third time and ever after
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections import Counter
 
 _seen: Counter[str] = Counter()
@@ -30,5 +31,8 @@ def fault(name: str) -> None:
         return
     if not kind or kind == "KILL":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "HANG":
+        while True:
+            time.sleep(0.01)
     number = getattr(errno, kind)
     raise OSError(number, os.strerror(number))

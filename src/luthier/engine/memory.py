@@ -2,6 +2,7 @@
 
 On a CPU: the resident set from /proc/self/statm (elsewhere getrusage's peak). On a GPU: torch's peak of
 allocated bytes since the last reading. An out-of-memory error is told from other runtime errors here, once.
+Remedies: smaller microbatches (work.py), then activations computed twice (`checkpoint_activations`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _STATM = Path("/proc/self/statm")
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory")
@@ -35,6 +37,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
+
+
+def checkpoint_activations(model: nn.Module) -> bool:
+    """Recompute each block's activations in backward (non-reentrant); False where the family cannot."""
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return True
 
 
 def give_back(device: torch.device) -> None:

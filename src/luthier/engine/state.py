@@ -29,6 +29,7 @@ class TrainState:
     skips: list[int] = field(default_factory=list)  # steps the guard refused, within its window
     rollbacks: int = 0
     microbatch_tokens: int | None = None  # the split now, halved when memory ran out
+    recompute: bool = False  # activations are computed again in backward
     threads: int = 0
     tokens: int = 0
     scored_tokens: int = 0

@@ -20,7 +20,7 @@ from luthier.data.stream import Stream
 from luthier.engine import checkpoint, saving
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
-from luthier.engine.memory import is_out_of_memory
+from luthier.engine.memory import checkpoint_activations, is_out_of_memory
 from luthier.engine.optimizer import build_optimizer
 from luthier.engine.resume import agree, find
 from luthier.engine.schedule import ScheduleSpec
@@ -68,6 +68,8 @@ class Work:
             saving.check_disk(self)
         self.journal.cut(self.state.step if start.content is not None else -1)
         notes += self._settle_threads(resumed=start.content is not None)
+        if (self.run.engine.checkpoint_activations is True or self.state.recompute) and not self.use_recompute():
+            notes.append("this model family cannot recompute activations: engine.checkpoint_activations has no effect")
         for note in notes:
             yield Noted("warning", note)
         self.model.train()
@@ -127,6 +129,9 @@ class Work:
         self.strategy.zero()
         largest = max(microbatches, key=lambda batch: batch.tokens)
         divisible = [batch.tokens for batch in microbatches if len(batch.samples) > 1]
+        may_recompute = self.run.engine.checkpoint_activations == "auto" and not self.state.recompute
+        if not divisible and may_recompute and self.use_recompute():
+            return f"out of memory at one row of {largest.tokens} tokens: activations are recomputed from here on"
         if not divisible:
             raise ResourceError(
                 "out of memory with a single row in a microbatch", where=str(largest.sources[0]),
@@ -135,6 +140,11 @@ class Work:
         fewer = max(1, max(divisible) // 2)
         self.use_microbatches(fewer)
         return f"out of memory at {largest.tokens} tokens: microbatches of {fewer} tokens from here on, same steps"
+
+    def use_recompute(self) -> bool:
+        """Less memory for activations, about a third more time; the numbers stay."""
+        self.state.recompute = checkpoint_activations(self.model)
+        return self.state.recompute
 
     def use_microbatches(self, tokens: int | None) -> None:
         self.state.microbatch_tokens = tokens
