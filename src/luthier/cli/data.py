@@ -1,0 +1,70 @@
+"""`luthier data show|check RECIPE`: rows as the model sees them, and what became of every row."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.group("data", short_help="Rows as the model sees them: show, check.")
+def command() -> None:
+    """Rows as the model sees them (show), and what became of every row (check)."""
+
+
+def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
+    from luthier.recipe.read import read_recipe
+
+    read, notes = read_recipe(recipe, overrides)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    return read
+
+
+@command.command("show")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="How many rows.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per row: source, ids, tokens, trained, text.")
+def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+    """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour)."""
+    read = _read(recipe, overrides)
+    from luthier import run
+
+    for row in run.data_rows(read, rows):
+        if as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            _show_row(row)
+
+
+@command.command("check")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="The ledger as one JSON object.")
+def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Read every row as training would and print the ledger: read = kept + each reason."""
+    read = _read(recipe, overrides)
+    from luthier import run
+
+    ledger = run.data_check(read)
+    if as_json:
+        click.echo(json.dumps(ledger.to_json(), ensure_ascii=False))
+        return
+    click.echo(ledger.summary())
+    tokens, scored = ledger.total("tokens"), ledger.total("scored_tokens")
+    click.echo(f"{tokens:,} tokens, {scored:,} of them trained ({scored / max(tokens, 1):.0%})")
+
+
+def _show_row(row: dict[str, Any]) -> None:
+    trained = sum(row["trained"])
+    click.echo(click.style(f"— {row['source']}: {len(row['ids'])} tokens, {trained} trained", bold=True))
+    coloured = click.get_text_stream("stdout").isatty()
+    parts, inside = [], False
+    for text, flag in zip(row["pieces"], row["trained"], strict=True):
+        if bool(flag) != inside and not coloured:
+            parts.append("⟦" if flag else "⟧")
+        inside = bool(flag)
+        parts.append(click.style(text, fg="green") if flag and coloured else text)
+    click.echo("".join(parts) + ("⟧" if inside and not coloured else "") + "\n")

@@ -1,0 +1,28 @@
+"""`luthier merge ADAPTER --out DIR`: fold an adapter into its base, and say how far the two are apart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command("merge")
+@click.argument("adapter", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="Directory of the merged model; must not exist yet.")
+@click.option("--base", type=click.Path(), help="Base model, where the adapter's own reference is not at hand.")
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
+def command(adapter: str, out: str, base: str | None, as_json: bool) -> None:
+    """Fold ADAPTER (an adapter or run directory) into its base; prints the measured difference of logits."""
+    from luthier import run
+
+    report: dict[str, Any] = run.merge(adapter, out, base=base)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo(
+        f"merged model  {report['out']}\n"
+        f"largest difference of logits, adapter against merged: {report['max_logit_difference']:.2e} "
+        f"over {report['tokens']} tokens; greedy tokens {'equal' if report['greedy_equal'] else 'DIFFER'}"
+    )
