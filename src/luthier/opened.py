@@ -1,0 +1,118 @@
+"""A target opened for use: a run, an adapter or a model directory becomes weights, tokenizer, template and policy.
+
+    run directory      resolved.yaml names the base and the template; adapter/ or model/ holds the result
+    adapter directory  PEFT layout; luthier.json (or PEFT's own key) names the base, the tokenizer lies beside it
+    model directory    Hugging Face layout
+
+What was trained is what is used: the template, the added tokens and the mask policy of the run come with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.artifact.adapter import CONFIG, load_adapter, read_adapter
+from luthier.contracts.errors import ModelError
+from luthier.contracts.method import Method
+from luthier.contracts.record import Chat, Completion, Record, Source, Text
+from luthier.data.encode import Encoder
+from luthier.data.template import open_template
+from luthier.engine.precision import resolve_device, resolve_precision
+from luthier.models.load import Loaded, load_model
+from luthier.recipe.recipe import DataSection, ModelSection
+
+
+@dataclass
+class Opened:
+    """What `luthier.load` gives: call `prompt_ids` and the sampling room, or the model itself."""
+
+    target: Path
+    loaded: Loaded
+    encoder: Encoder
+    method: Method | None = None  # None: a whole model
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    def prompt_ids(self, record: Record) -> list[int]:
+        """The ids that inference feeds before the answer to a record."""
+        if isinstance(record, Chat):
+            return self.encoder.prompt_ids(record.messages, record.tools)
+        return self.encoder.raw_prompt_ids(record.prompt if isinstance(record, Completion) else record.text)
+
+    def as_record(self, prompt: str, system: str | None, raw: bool) -> Record:
+        """A prompt as the target expects it: a conversation where it has a chat template, else plain text."""
+        source = Source("--prompt", 1)
+        if raw or self.encoder.template is None:
+            return Text(prompt, source)
+        opening = [{"role": "system", "content": system}] if system else []
+        return Chat([*opening, {"role": "user", "content": prompt}], source)
+
+
+def open_target(target: str | Path, *, base: str | None = None, data: dict[str, Any] | None = None) -> Opened:
+    """Open a run, an adapter or a model directory on this machine's device. ModelError where it is none."""
+    path = Path(target)
+    recipe = _recipe_of(path)
+    directory = _result_of(path) if recipe else path
+    adapter = read_adapter(directory) if (directory / CONFIG).exists() else None
+    said = dict((recipe or _recipe_of(directory.parent) or {}).get("model", {}))
+    if adapter is None:
+        section = ModelSection(path=str(directory), chat_template=None)
+    else:
+        found = base or adapter.base_path or said.get("path")
+        if not found:
+            raise ModelError("the adapter does not name its base", where=str(directory), remedy="pass --base MODEL")
+        section = ModelSection(path=str(found), add_tokens=tuple(adapter.side.get("added_tokens", ())))
+    device = resolve_device("auto")
+    loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device)
+    notes: list[str] = []
+    method = None
+    if adapter is not None:
+        other = base is not None
+        method = load_adapter(
+            directory, loaded.model, base_fingerprint=loaded.fingerprint, other_base=other, notes=notes
+        )
+        loaded.model.to(device)
+    template = open_template(_template_text(directory), loaded.tokenizer)
+    section_of_data = DataSection(**{"train": ({"path": "-"},), **_data_of(recipe), **(data or {})})  # type: ignore[arg-type]
+    encoder = Encoder(loaded.tokenizer, template, section_of_data, loaded.generation_stop_ids)
+    loaded.model.eval()
+    return Opened(path, loaded, encoder, method, notes)
+
+
+def _recipe_of(path: Path) -> dict[str, Any] | None:
+    """The resolved recipe of a run directory, None where the path is none."""
+    file = path / "resolved.yaml"
+    if not file.is_file():
+        return None
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return data if isinstance(data, dict) else None
+
+
+def _result_of(run: Path) -> Path:
+    for name in ("adapter", "model"):
+        if (run / name).is_dir():
+            return run / name
+    raise ModelError(
+        "the run has no result yet", where=str(run), remedy="let it finish: luthier train RECIPE --resume auto"
+    )
+
+
+def _template_text(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _data_of(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    data = (recipe or {}).get("data", {})
+    return {name: data[name] for name in ("mask", "injection") if name in data}

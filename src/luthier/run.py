@@ -1,0 +1,456 @@
+"""The hall: the only file that knows every room, one function per verb. Rooms meet here and nowhere else.
+
+    train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
+    dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
+    load       a run, adapter or model, ready to use    generate, reply         answers
+    evaluate   loss, perplexity, exact match            merge                   an adapter into its base
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import luthier
+from luthier.artifact import fold
+from luthier.artifact.adapter import save_adapter
+from luthier.artifact.card import CardFacts, card
+from luthier.contracts.errors import DataError, LuthierError, RecipeError, UsageError
+from luthier.contracts.event import Event, Noted
+from luthier.contracts.method import Method
+from luthier.contracts.objective import Objective
+from luthier.contracts.record import Chat, Sample
+from luthier.data.encode import Encoder
+from luthier.data.ledger import Ledger
+from luthier.data.prepare import Prepared, prepare
+from luthier.data.stream import Stream, StreamSpec
+from luthier.data.template import open_template
+from luthier.engine.durable import replace_text
+from luthier.engine.gate import GateSpec, run_gate
+from luthier.engine.journal import draw_loss, summary
+from luthier.engine.lock import hold
+from luthier.engine.loop import train as train_steps
+from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
+from luthier.engine.resume import enter
+from luthier.engine.seeds import seed_of
+from luthier.engine.task import Outcome, Run
+from luthier.engine.tensorboard import TensorBoard
+from luthier.evaluation.exact_match import exact_match as compare_answers
+from luthier.evaluation.loss import held_out_loss
+from luthier.models.load import Loaded, TextSide, load_model, load_text, save_tokenizer, save_whole
+from luthier.models.probe import open_trunk
+from luthier.models.token_rows import attach_rows
+from luthier.models.trunk import Trunk
+from luthier.opened import Opened, open_target
+from luthier.recipe import fingerprint, resolve
+from luthier.recipe.recipe import DataSection, DataSource, Recipe
+from luthier.sampling.generate import SamplingSpec, generate as generate_tokens, stream
+
+REPORT_KEYS = ("run_dir", "steps", "final_loss", "eval_loss", "tokens", "seconds", "peak_bytes")
+MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_FEW_STEPS = 10
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+@dataclass
+class Training:
+    """A run under way: iterate its events, or `wait()`; then `report`, `directory` and `result` are filled."""
+
+    recipe: Recipe
+    directory: Path
+    events: Iterator[Event] = field(repr=False, default_factory=lambda: iter(()))
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def result(self) -> Path:
+        """The adapter (or model) directory."""
+        return Path(self.report["result_dir"])
+
+    adapter = result
+
+    def __iter__(self) -> Iterator[Event]:
+        return self.events
+
+    def wait(self) -> dict[str, Any]:
+        """Run to the end; the report."""
+        for _ in self.events:
+            pass
+        return self.report
+
+
+def train(recipe: Recipe, *, resume: str | None = None, fresh: bool = False) -> Training:
+    """Start (or resume) the run that a recipe describes. Nothing happens before the first event is asked for."""
+    training = Training(recipe, Path(recipe.output_dir))
+    training.events = _train(training, resume, fresh)
+    return training
+
+
+def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Event]:
+    directory, recipe = training.directory, training.recipe
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / "log.txt"
+    try:
+        with hold(directory):
+            enter(directory, resume=resume, fresh=fresh)
+            work = _assemble(recipe)
+            for note in work.notes:
+                yield Noted("warning", note)
+            run = _engine_run(work, directory, resume)
+            _write_beginning(work, directory)
+            evidence = run_gate(_gate_of(work, run))
+            replace_text(directory / "gate.json", json.dumps(evidence, indent=2) + "\n")
+            readers = [TensorBoard(directory / "tensorboard")] if "tensorboard" in recipe.report_to else []
+            for event in train_steps(run):
+                for reader in readers:
+                    reader(event)
+                yield event
+            assert run.outcome is not None
+            training.report = _write_end(work, directory, run.outcome)
+    except LuthierError as error:
+        error.run_log = str(log)  # type: ignore[attr-defined]
+        raise
+
+
+@dataclass
+class Assembled:
+    """Every room's part of a run, before the engine gets it."""
+
+    recipe: Recipe
+    method: Method
+    objective: Objective
+    device: torch.device
+    precision: Precision
+    loaded: Loaded
+    encoder: Encoder
+    prepared: Prepared
+    trunk: Trunk
+    stream: Stream
+    notes: list[str]
+
+
+def _assemble(recipe: Recipe) -> Assembled:
+    method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
+    _refuse_loggers(recipe)
+    device = resolve_device(recipe.engine.device)
+    precision = _precision(recipe, device)
+    if recipe.engine.threads != "auto":
+        torch.set_num_threads(int(recipe.engine.threads))
+    text = load_text(recipe.model)
+    notes: list[str] = []
+    encoder = _encoder(recipe, text, notes)
+    prepared = prepare(_data_section(recipe), encoder, seed=recipe.train.seed)
+    dtype = torch.float32 if method.trains_base else precision.frozen
+    loaded = load_model(recipe.model, dtype=dtype, device=device)
+    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    torch.manual_seed(seed_of("init", recipe.train.seed))
+    method.attach(loaded.model)
+    if loaded.added and not method.trains_base:
+        attach_rows(loaded.model, sorted(loaded.added.values()))
+    loaded.model.to(device)
+    settle(loaded.model, precision)
+    steps = Stream(prepared.train, _stream_spec(recipe, device, prepared.train))
+    notes += _advice(recipe, prepared, trunk, steps)
+    return Assembled(
+        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes
+    )  # fmt: skip
+
+
+def _encoder(recipe: Recipe, text: TextSide, notes: list[str]) -> Encoder:
+    section = _data_section(recipe)
+    most = text.max_positions
+    if most and section.max_tokens > most:
+        notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
+        section = section.model_copy(update={"max_tokens": most})
+    template = open_template(None, text.tokenizer, recipe.model.chat_template)
+    return Encoder(text.tokenizer, template, section, text.stop_ids)
+
+
+def _data_section(recipe: Recipe) -> DataSection:
+    """`evaluate.on` stands in for `data.eval` where that holds nothing out."""
+    if recipe.evaluate.on and recipe.data.eval is None:
+        return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
+    return recipe.data
+
+
+def _precision(recipe: Recipe, device: torch.device) -> Precision:
+    """`model.dtype` and `engine.precision` must not contradict each other; either may decide."""
+    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
+    asked = recipe.engine.precision
+    if "auto" not in (said, asked) and said != asked:
+        raise RecipeError(
+            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
+            remedy="leave one of them at auto",
+        )  # fmt: skip
+    return resolve_precision(said if asked == "auto" else asked, device)
+
+
+def _refuse_loggers(recipe: Recipe) -> None:
+    if others := sorted(set(recipe.report_to) - {"tensorboard"}):
+        raise RecipeError("no such logger yet", where="report_to", value=others, remedy="use tensorboard, or []")
+
+
+def _stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample]) -> StreamSpec:
+    spec = recipe.train
+    microbatch = spec.microbatch_tokens
+    if microbatch == "auto":
+        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), max(sample.length for sample in samples))
+    return StreamSpec(
+        seed=spec.seed, tokens_per_step=spec.tokens_per_step or 16384, rows_per_step=spec.rows_per_step,
+        window=spec.pack_window, microbatch_tokens=int(microbatch), packing=recipe.data.packing,
+    )  # fmt: skip
+
+
+def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
+    """What a person should know before the first step."""
+    notes = []
+    if trunk.path != "forest":
+        notes.append(f"rows run unpacked: {trunk.reason}")
+    if prepared.ledger.leaked:
+        notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
+    total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
+    if total < _FEW_STEPS:
+        notes.append(
+            f"only {total} optimizer steps: {steps.tokens_per_epoch:,} tokens an epoch at "
+            f"train.tokens_per_step {steps.spec.tokens_per_step}; lower it, or raise train.epochs"
+        )
+    return notes
+
+
+def _engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
+    recipe, named = work.recipe, resume not in (None, "auto", "strict")
+    identity = {
+        **fingerprint.identity(recipe, named_checkpoint=named), "base.fingerprint": work.loaded.fingerprint,
+        "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
+        "template": fingerprint.digest(work.encoder.template.texts if work.encoder.template else None),
+    }  # fmt: skip
+    held_out = work.prepared.evaluation
+    evaluation = list(Stream(held_out, _stream_spec(recipe, work.device, held_out)).batches()) if held_out else []
+    return Run(
+        directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
+        device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
+        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity,
+        benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume,
+    )  # fmt: skip
+
+
+def _tokenizer_digest(loaded: Loaded) -> str:
+    return fingerprint.digest(loaded.tokenizer.backend_tokenizer.to_str())
+
+
+def _gate_of(work: Assembled, run: Run) -> GateSpec:
+    """What the gate checks besides the batches: the prompt of inference against that of training."""
+    chats = [record for record in work.prepared.train_records[:32] if isinstance(record, Chat)]
+    return GateSpec(
+        trunk=work.trunk, objective=work.objective, stream=work.stream, samples=work.prepared.train,
+        device=work.device, precision=work.precision, stop_ids=work.encoder.stop_ids,
+        bos_id=work.loaded.tokenizer.bos_token_id, ledger=work.prepared.ledger,
+        prompt_checks=[(str(chat.source), work.encoder.prompt_check(chat)) for chat in chats],
+    )  # fmt: skip
+
+
+def _write_beginning(work: Assembled, directory: Path) -> None:
+    ledger = work.prepared.ledger
+    (directory / "data").mkdir(exist_ok=True)
+    replace_text(directory / "resolved.yaml", yaml.safe_dump(work.recipe.resolved(), sort_keys=False))
+    replace_text(directory / "env.json", json.dumps(_environment(work), indent=2) + "\n")
+    replace_text(directory / "data" / "ledger.json", json.dumps(ledger.to_json(), indent=2) + "\n")
+    if ledger.rejects:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ledger.rejects]
+        replace_text(directory / "rejects.jsonl", "".join(lines))
+
+
+def _environment(work: Assembled) -> dict[str, Any]:
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    return {
+        "luthier": luthier.__version__, "python": platform.python_version(), "platform": platform.platform(),
+        **{name: version(name) for name in packages}, "device": str(work.device), "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(), "precision": work.precision.name, "path": work.trunk.path,
+        "path_reason": work.trunk.reason, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
+    """Result, picture, report and card; done again as a whole when a killed run is resumed here."""
+    loaded, recipe = work.loaded, work.recipe
+    template = work.encoder.template.text if work.encoder.template else None
+    if work.method.trains_base:
+        result = directory / "model"
+        save_whole(loaded.model, loaded.tokenizer, template, result)
+    else:
+        result = directory / "adapter"
+        save_adapter(
+            result, work.method, loaded.model, base_path=recipe.model.path, base_fingerprint=loaded.fingerprint,
+            added_tokens=loaded.added,
+        )  # fmt: skip
+        save_tokenizer(loaded.tokenizer, template, result)
+    draw_loss(directory / "journal.jsonl", directory / "loss.png")
+    told = summary(directory / "journal.jsonl")
+    report = {
+        "run_dir": str(directory), **told, "eval_loss": outcome.eval_loss, "result_dir": str(result),
+        "result_from": f"step {outcome.step}, {'the best' if outcome.is_best else 'the last'}",
+        "mergeable": work.method.mergeable, "notes": work.notes,
+    }  # fmt: skip
+    replace_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
+    facts = CardFacts(
+        base=recipe.model.path, method=recipe.method["name"], objective=recipe.objective["name"],
+        adapter=not work.method.trains_base, method_fields={k: v for k, v in recipe.method.items() if k != "name"},
+        data=work.prepared.ledger.summary().splitlines(),
+        results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
+        peft=work.method.peft_type is not None, version=luthier.__version__,
+        recipe=yaml.safe_dump(recipe.resolved(), sort_keys=False),
+    )  # fmt: skip
+    replace_text(directory / "README.md", card(facts))
+    return report
+
+
+# --------------------------------------------------------------------------------------- looking at data
+
+
+def dry_run(recipe: Recipe) -> dict[str, Any]:
+    """What `train` would do: rows, tokens, steps, trainable parameters. Nothing is written."""
+    work = _assemble(recipe)
+    steps = recipe.train.max_steps or work.stream.total_steps(recipe.train.epochs)
+    footprint = work.method.footprint(work.loaded.model)
+    return {
+        "model": recipe.model.path, "method": recipe.method["name"], "objective": recipe.objective["name"],
+        "device": str(work.device), "precision": work.precision.name, "path": work.trunk.path,
+        "trainable_parameters": footprint.trainable, "frozen_parameters": footprint.frozen,
+        "rows": len(work.prepared.train), "evaluation_rows": len(work.prepared.evaluation), "steps": steps,
+        "tokens_per_epoch": work.stream.tokens_per_epoch, "pack_fill": round(work.stream.fill(50), 4),
+        "output_dir": recipe.output_dir, "notes": work.notes,
+    }  # fmt: skip
+
+
+def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text, pieces of text."""
+    notes: list[str] = []
+    encoder = _encoder(recipe, load_text(recipe.model), notes)
+    prepared = prepare(_data_section(recipe), encoder, seed=recipe.train.seed)
+    for sample in islice(prepared.train, rows):
+        ids = [int(token) for piece in sample.pieces for token in piece.tokens]
+        trained = [int(weight > 0) for piece in sample.pieces for weight in piece.weights]
+        yield {
+            "source": str(sample.source), "ids": ids, "tokens": encoder.tokenizer.convert_ids_to_tokens(ids),
+            "trained": trained, "text": encoder.tokenizer.decode(ids), "pieces": _text_pieces(encoder.tokenizer, ids),
+        }  # fmt: skip
+
+
+def _text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds, so that the pieces joined are the decoded text."""
+    pieces, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        whole = "" if text.endswith("\ufffd") and end < len(ids) else text[len(shown) :]
+        pieces.append(whole)
+        shown += whole
+    return pieces
+
+
+def data_check(recipe: Recipe) -> Ledger:
+    """Every row read and encoded as training would; the ledger."""
+    encoder = _encoder(recipe, load_text(recipe.model), [])
+    return prepare(_data_section(recipe), encoder, seed=recipe.train.seed).ledger
+
+
+# ------------------------------------------------------------------------------------------ using a result
+
+
+def load(target: str | Path, *, base: str | None = None) -> Opened:
+    """A run, adapter or model directory, ready to answer."""
+    return open_target(target, base=base)
+
+
+def generate(
+    target: str | Path | Opened, prompt: str, *, system: str | None = None, raw: bool = False,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One answer: {"text", "tokens", "stopped"} (stopped: it ended by itself)."""
+    opened = target if isinstance(target, Opened) else open_target(target)
+    spec = SamplingSpec(max_new_tokens, temperature, seed=seed, stop_ids=opened.encoder.stop_ids)
+    ids = opened.prompt_ids(opened.as_record(prompt, system, raw))
+    (made,) = generate_tokens(opened.model, opened.tokenizer, [ids], spec)
+    text = opened.tokenizer.decode(made, skip_special_tokens=True)
+    return {"text": text, "tokens": len(made), "stopped": len(made) < max_new_tokens}
+
+
+def reply(
+    opened: Opened, messages: Sequence[dict[str, str]], *, max_new_tokens: int = 256, temperature: float = 0.0
+) -> Iterator[str]:
+    """The answer to a conversation, piece by piece."""
+    if opened.encoder.template is None:
+        raise UsageError("the target has no chat template", remedy="use `luthier generate --raw`")
+    spec = SamplingSpec(max_new_tokens, temperature, stop_ids=opened.encoder.stop_ids)
+    yield from stream(opened.model, opened.tokenizer, opened.encoder.prompt_ids(messages), spec)
+
+
+def evaluate(
+    target: str | Path | Opened, *, on: str, exact_match: bool | None = None, max_new_tokens: int = 256,
+    max_tokens: int = 2048, limit: int | None = None, answers: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Loss, perplexity and, where rows have answers, exact match; `dropped` counts the rows not scored."""
+    opened = target if isinstance(target, Opened) else open_target(target, data={"max_tokens": max_tokens})
+    section = DataSection(train=(DataSource(path=on),), max_tokens=max_tokens)
+    prepared = prepare(section, opened.encoder, seed=0)
+    samples, records = prepared.train[:limit], prepared.train_records[:limit]
+    longest = max(sample.length for sample in samples)
+    budget = max(longest, MICROBATCH_TOKENS.get(opened.model.device.type, 4096))
+    trunk = open_trunk(opened.model)
+    batches = (batch.to(opened.model.device) for batch in Stream(samples, StreamSpec(microbatch_tokens=budget)).batches())
+    try:
+        scores = held_out_loss(trunk.logprobs, batches)
+    finally:
+        trunk.close()
+    scores = {**scores, "exact_match": None, "dropped": prepared.ledger.reasons}
+    if exact_match is not False:
+        try:
+            compared = compare_answers(records, opened.prompt_ids, lambda prompts: _answers(opened, prompts, max_new_tokens))
+        except DataError:
+            if exact_match:
+                raise
+            return scores
+        scores["exact_match"] = compared["exact_match"]
+        if answers:
+            lines = [json.dumps({**_shown(answer), "right": answer.right}) + "\n" for answer in compared["answers"]]
+            replace_text(Path(answers), "".join(lines))
+    return scores
+
+
+def _answers(opened: Opened, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    spec = SamplingSpec(max_new_tokens, stop_ids=opened.encoder.stop_ids, batch=64)
+    made = generate_tokens(opened.model, opened.tokenizer, prompts, spec)
+    return [opened.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
+
+
+def _shown(answer: Any) -> dict[str, str]:
+    return {name: getattr(answer, name) for name in ("source", "prompt", "expected", "given")}
+
+
+def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> dict[str, Any]:
+    """Fold an adapter into its base and save the whole model; the measured difference of logits."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UsageError("the output directory is not empty", where="--out", value=str(out), remedy="choose another")
+    opened = open_target(adapter, base=base)
+    if opened.method is None:
+        raise UsageError("the target is a whole model: nothing to merge", where=str(adapter))
+    template = opened.encoder.template.text if opened.encoder.template else None
+    report = fold.fold(opened.method, opened.model)
+    save_whole(opened.model, opened.tokenizer, template, out)
+    return {
+        "out": str(out), "max_logit_difference": report.max_abs_logit_difference,
+        "greedy_equal": report.greedy_agreement == 1.0, "tokens": report.probe_tokens, "dtype": report.dtype,
+        "notes": [*opened.notes, *report.notes],
+    }  # fmt: skip
