@@ -26,40 +26,29 @@ import luthier
 from luthier.artifact import fold
 from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
-from luthier.contracts.errors import DataError, LuthierError, RecipeError, UsageError
+from luthier.assembly import MICROBATCH_TOKENS, Assembled, assemble, data_section, encoder_of, engine_run, gate_of
+from luthier.contracts.errors import DataError, LuthierError, UsageError
 from luthier.contracts.event import Event, Noted
-from luthier.contracts.method import Method
-from luthier.contracts.objective import Objective
-from luthier.contracts.record import Chat, Sample
-from luthier.data.encode import Encoder
 from luthier.data.ledger import Ledger
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import prepare
 from luthier.data.stream import Stream, StreamSpec
-from luthier.data.template import open_template
 from luthier.engine.durable import replace_text
-from luthier.engine.gate import GateSpec, run_gate
+from luthier.engine.gate import GateFailure, run_gate
 from luthier.engine.journal import draw_loss, summary
 from luthier.engine.lock import hold
 from luthier.engine.loop import train as train_steps
-from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.resume import enter
-from luthier.engine.seeds import seed_of
-from luthier.engine.task import Outcome, Run
+from luthier.engine.task import Outcome
 from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
-from luthier.models.load import Loaded, TextSide, load_model, load_text, save_tokenizer, save_whole
+from luthier.models.load import load_text, save_tokenizer, save_whole
 from luthier.models.probe import open_trunk
-from luthier.models.token_rows import attach_rows
-from luthier.models.trunk import Trunk
 from luthier.opened import Opened, open_target
-from luthier.recipe import fingerprint, resolve
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.sampling.generate import SamplingSpec, generate as generate_tokens, stream
 
 REPORT_KEYS = ("run_dir", "steps", "final_loss", "eval_loss", "tokens", "seconds", "peak_bytes")
-MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-_FEW_STEPS = 10
 
 
 # -------------------------------------------------------------------------------------------------- train
@@ -105,13 +94,12 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
     try:
         with hold(directory):
             enter(directory, resume=resume, fresh=fresh)
-            work = _assemble(recipe)
+            work = assemble(recipe)
             for note in work.notes:
                 yield Noted("warning", note)
-            run = _engine_run(work, directory, resume)
+            run = engine_run(work, directory, resume)
             _write_beginning(work, directory)
-            evidence = run_gate(_gate_of(work, run))
-            replace_text(directory / "gate.json", json.dumps(evidence, indent=2) + "\n")
+            _pass_gate(work, directory)
             readers = [TensorBoard(directory / "tensorboard")] if "tensorboard" in recipe.report_to else []
             for event in train_steps(run):
                 for reader in readers:
@@ -124,141 +112,14 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
         raise
 
 
-@dataclass
-class Assembled:
-    """Every room's part of a run, before the engine gets it."""
-
-    recipe: Recipe
-    method: Method
-    objective: Objective
-    device: torch.device
-    precision: Precision
-    loaded: Loaded
-    encoder: Encoder
-    prepared: Prepared
-    trunk: Trunk
-    stream: Stream
-    notes: list[str]
-
-
-def _assemble(recipe: Recipe) -> Assembled:
-    method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
-    _refuse_loggers(recipe)
-    device = resolve_device(recipe.engine.device)
-    precision = _precision(recipe, device)
-    if recipe.engine.threads != "auto":
-        torch.set_num_threads(int(recipe.engine.threads))
-    text = load_text(recipe.model)
-    notes: list[str] = []
-    encoder = _encoder(recipe, text, notes)
-    prepared = prepare(_data_section(recipe), encoder, seed=recipe.train.seed)
-    dtype = torch.float32 if method.trains_base else precision.frozen
-    loaded = load_model(recipe.model, dtype=dtype, device=device)
-    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
-    torch.manual_seed(seed_of("init", recipe.train.seed))
-    method.attach(loaded.model)
-    if loaded.added and not method.trains_base:
-        attach_rows(loaded.model, sorted(loaded.added.values()))
-    loaded.model.to(device)
-    settle(loaded.model, precision)
-    steps = Stream(prepared.train, _stream_spec(recipe, device, prepared.train))
-    notes += _advice(recipe, prepared, trunk, steps)
-    return Assembled(
-        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes
-    )  # fmt: skip
-
-
-def _encoder(recipe: Recipe, text: TextSide, notes: list[str]) -> Encoder:
-    section = _data_section(recipe)
-    most = text.max_positions
-    if most and section.max_tokens > most:
-        notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
-        section = section.model_copy(update={"max_tokens": most})
-    template = open_template(None, text.tokenizer, recipe.model.chat_template)
-    return Encoder(text.tokenizer, template, section, text.stop_ids)
-
-
-def _data_section(recipe: Recipe) -> DataSection:
-    """`evaluate.on` stands in for `data.eval` where that holds nothing out."""
-    if recipe.evaluate.on and recipe.data.eval is None:
-        return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
-    return recipe.data
-
-
-def _precision(recipe: Recipe, device: torch.device) -> Precision:
-    """`model.dtype` and `engine.precision` must not contradict each other; either may decide."""
-    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
-    asked = recipe.engine.precision
-    if "auto" not in (said, asked) and said != asked:
-        raise RecipeError(
-            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
-            remedy="leave one of them at auto",
-        )  # fmt: skip
-    return resolve_precision(said if asked == "auto" else asked, device)
-
-
-def _refuse_loggers(recipe: Recipe) -> None:
-    if others := sorted(set(recipe.report_to) - {"tensorboard"}):
-        raise RecipeError("no such logger yet", where="report_to", value=others, remedy="use tensorboard, or []")
-
-
-def _stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample]) -> StreamSpec:
-    spec = recipe.train
-    microbatch = spec.microbatch_tokens
-    if microbatch == "auto":
-        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), max(sample.length for sample in samples))
-    return StreamSpec(
-        seed=spec.seed, tokens_per_step=spec.tokens_per_step or 16384, rows_per_step=spec.rows_per_step,
-        window=spec.pack_window, microbatch_tokens=int(microbatch), packing=recipe.data.packing,
-    )  # fmt: skip
-
-
-def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
-    """What a person should know before the first step."""
-    notes = []
-    if trunk.path != "forest":
-        notes.append(f"rows run unpacked: {trunk.reason}")
-    if prepared.ledger.leaked:
-        notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
-    total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
-    if total < _FEW_STEPS:
-        notes.append(
-            f"only {total} optimizer steps: {steps.tokens_per_epoch:,} tokens an epoch at "
-            f"train.tokens_per_step {steps.spec.tokens_per_step}; lower it, or raise train.epochs"
-        )
-    return notes
-
-
-def _engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
-    recipe, named = work.recipe, resume not in (None, "auto", "strict")
-    identity = {
-        **fingerprint.identity(recipe, named_checkpoint=named), "base.fingerprint": work.loaded.fingerprint,
-        "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
-        "template": fingerprint.digest(work.encoder.template.texts if work.encoder.template else None),
-    }  # fmt: skip
-    held_out = work.prepared.evaluation
-    evaluation = list(Stream(held_out, _stream_spec(recipe, work.device, held_out)).batches()) if held_out else []
-    return Run(
-        directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
-        device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
-        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity,
-        benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume,
-    )  # fmt: skip
-
-
-def _tokenizer_digest(loaded: Loaded) -> str:
-    return fingerprint.digest(loaded.tokenizer.backend_tokenizer.to_str())
-
-
-def _gate_of(work: Assembled, run: Run) -> GateSpec:
-    """What the gate checks besides the batches: the prompt of inference against that of training."""
-    chats = [record for record in work.prepared.train_records[:32] if isinstance(record, Chat)]
-    return GateSpec(
-        trunk=work.trunk, objective=work.objective, stream=work.stream, samples=work.prepared.train,
-        device=work.device, precision=work.precision, stop_ids=work.encoder.stop_ids,
-        bos_id=work.loaded.tokenizer.bos_token_id, ledger=work.prepared.ledger,
-        prompt_checks=[(str(chat.source), work.encoder.prompt_check(chat)) for chat in chats],
-    )  # fmt: skip
+def _pass_gate(work: Assembled, directory: Path) -> None:
+    """The evidence is written whether the gate opens or not."""
+    try:
+        evidence = run_gate(gate_of(work))
+    except GateFailure as failure:
+        replace_text(directory / "gate.json", json.dumps(failure.evidence, indent=2) + "\n")
+        raise
+    replace_text(directory / "gate.json", json.dumps(evidence, indent=2) + "\n")
 
 
 def _write_beginning(work: Assembled, directory: Path) -> None:
@@ -321,7 +182,7 @@ def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What `train` would do: rows, tokens, steps, trainable parameters. Nothing is written."""
-    work = _assemble(recipe)
+    work = assemble(recipe)
     steps = recipe.train.max_steps or work.stream.total_steps(recipe.train.epochs)
     footprint = work.method.footprint(work.loaded.model)
     return {
@@ -337,8 +198,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
     """The first rows as the model sees them: source, ids, tokens, trained (0/1), text, pieces of text."""
     notes: list[str] = []
-    encoder = _encoder(recipe, load_text(recipe.model), notes)
-    prepared = prepare(_data_section(recipe), encoder, seed=recipe.train.seed)
+    encoder = encoder_of(recipe, load_text(recipe.model), notes)
+    prepared = prepare(data_section(recipe), encoder, seed=recipe.train.seed)
     for sample in islice(prepared.train, rows):
         ids = [int(token) for piece in sample.pieces for token in piece.tokens]
         trained = [int(weight > 0) for piece in sample.pieces for weight in piece.weights]
@@ -361,8 +222,8 @@ def _text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 def data_check(recipe: Recipe) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
-    encoder = _encoder(recipe, load_text(recipe.model), [])
-    return prepare(_data_section(recipe), encoder, seed=recipe.train.seed).ledger
+    encoder = encoder_of(recipe, load_text(recipe.model), [])
+    return prepare(data_section(recipe), encoder, seed=recipe.train.seed).ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

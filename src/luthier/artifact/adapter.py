@@ -56,7 +56,7 @@ class AdapterFile:
 
 def save_adapter(
     directory: str | Path, method: Method, model: nn.Module, *, base_path: str, base_fingerprint: str | None = None,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None, added_tokens: Mapping[str, int] | None = None,
 ) -> Path:  # fmt: skip
     """Write the adapter atomically; an adapter already there is replaced as a whole."""
     directory = Path(directory)
@@ -73,7 +73,7 @@ def save_adapter(
     own = {name: value for name, value in _plain(asdict(method)).items() if name not in config}  # type: ignore[call-overload]
     side = {
         "format": _FORMAT, "method": type(method).__module__.rpartition(".")[2], "fields": own,
-        "base": {"path": base_path, "fingerprint": base_fingerprint},
+        "base": {"path": base_path, "fingerprint": base_fingerprint}, "added_tokens": dict(added_tokens or {}),
     }  # fmt: skip
     tensors = {**method.tensors(model), **_cpu(token_rows.row_tensors(model))}
     with replace_directory(directory) as fresh:
@@ -217,6 +217,8 @@ def _more_keys(name: Any) -> Mapping[str, Any]:
 def _check_side(side: Mapping[str, Any], where: str) -> None:
     base = side.get("base", {})
     good = isinstance(side.get("method", ""), str) and isinstance(side.get("fields", {}), dict)
+    added = side.get("added_tokens", {})
+    good = good and isinstance(added, dict) and all(isinstance(i, int) for i in added.values())
     good = good and isinstance(base, dict) and all(isinstance(value, (str, type(None))) for value in base.values())
     if not good:
         raise ModelError("not a side file of ours", where=where, remedy="delete it to load as a plain PEFT adapter")

@@ -46,6 +46,30 @@ class Loaded:
     unexpected: tuple[str, ...] = ()  # weights in the files that the model has no place for
 
 
+@dataclass(frozen=True)
+class TextSide:
+    """What a directory says about text, without its weights."""
+
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: tuple[int, ...]
+    max_positions: int | None  # the longest row that the model was built for
+
+
+def load_text(section: ModelSection) -> TextSide:
+    """Tokenizer (with `model.add_tokens`), stop ids and length: enough to read data, in a fraction of a second."""
+    directory = find_directory(section.path, section.revision)
+    scan(directory)
+    with _quiet():
+        tokenizer = load_tokenizer(directory)
+    extend(tokenizer, section.add_tokens)
+    generation = directory / "generation_config.json"
+    configured = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    config = read_json(directory / "config.json")
+    text = config.get("text_config") or config
+    most = text.get("max_position_embeddings") or text.get("n_positions")
+    return TextSide(tokenizer, _ends(configured, tokenizer), most if isinstance(most, int) else None)
+
+
 def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
     """Model in eval mode, tokenizer, template and stop ids as `section` asks. ModelError otherwise."""
     if section.quantization != "none":
@@ -145,6 +169,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tupl
     """Where generation ends: generation_config's and the tokenizer's end tokens."""
     generation = getattr(model, "generation_config", None)
     configured = getattr(generation, "eos_token_id", None)
+    return _ends(configured, tokenizer)
+
+
+def _ends(configured: Any, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     found = list(configured) if isinstance(configured, (list, tuple)) else [configured]
     found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(int(token) for token in found if token is not None))
@@ -154,14 +182,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tupl
 def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokens: Any) -> dict[str, int]:
     """Make each text one special token; token -> id. New rows are the mean of the rows in use before."""
     used = len(tokenizer)
+    extend(tokenizer, tokens)
+    if len(tokenizer) > used:
+        _grow(model, used, len(tokenizer))
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)}
+
+
+def extend(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> None:
+    """Make each text one special token of the tokenizer; those that are already stay as they are."""
     atomic = {token.content for token in tokenizer.added_tokens_decoder.values()}
     fresh = [token for token in dict.fromkeys(tokens) if token not in atomic]
     if any(not token for token in fresh):
         raise ModelError("an added token cannot be empty", where="model.add_tokens")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in fresh], special_tokens=True)
-    if len(tokenizer) > used:
-        _grow(model, used, len(tokenizer))
-    return {token: tokenizer.convert_tokens_to_ids(token) for token in dict.fromkeys(tokens)}
 
 
 def _grow(model: PreTrainedModel, used: int, needed: int) -> None:

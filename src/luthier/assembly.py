@@ -1,0 +1,183 @@
+"""A recipe becomes everything that a run needs: method, objective, rows, model, trunk, stream, gate, identity.
+
+The order matters and is told here once: the recipe's own contradictions first, then tokenizer and rows (cheap and
+most often wrong), then weights, the self-check of packing, the method's sites, rows of added tokens, precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from luthier.contracts.errors import DataError, RecipeError
+from luthier.contracts.method import Method
+from luthier.contracts.objective import Objective
+from luthier.contracts.record import Chat, Record, Sample
+from luthier.data.encode import Encoder
+from luthier.data.prepare import Prepared, prepare
+from luthier.data.stream import Stream, StreamSpec
+from luthier.data.template import open_template
+from luthier.engine.gate import GateSpec, Prompt
+from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
+from luthier.engine.seeds import seed_of
+from luthier.engine.task import Run
+from luthier.models.load import Loaded, TextSide, load_model, load_text
+from luthier.models.probe import open_trunk
+from luthier.models.token_rows import attach_rows
+from luthier.models.trunk import Trunk
+from luthier.recipe import fingerprint, resolve
+from luthier.recipe.recipe import DataSection, Recipe
+
+MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_FEW_STEPS = 10
+_PROMPTS = 32
+
+
+@dataclass
+class Assembled:
+    """Every room's part of a run, before the engine gets it."""
+
+    recipe: Recipe
+    method: Method
+    objective: Objective
+    device: torch.device
+    precision: Precision
+    loaded: Loaded
+    encoder: Encoder
+    prepared: Prepared
+    trunk: Trunk
+    stream: Stream
+    notes: list[str]
+
+
+def assemble(recipe: Recipe) -> Assembled:
+    method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
+    _refuse_loggers(recipe)
+    device = resolve_device(recipe.engine.device)
+    precision = _precision(recipe, device)
+    if recipe.engine.threads != "auto":
+        torch.set_num_threads(int(recipe.engine.threads))
+    text = load_text(recipe.model)
+    notes: list[str] = []
+    encoder = encoder_of(recipe, text, notes)
+    prepared = prepare(data_section(recipe), encoder, seed=recipe.train.seed)
+    dtype = torch.float32 if method.trains_base else precision.frozen
+    loaded = load_model(recipe.model, dtype=dtype, device=device)
+    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    torch.manual_seed(seed_of("init", recipe.train.seed))
+    method.attach(loaded.model)
+    if loaded.added and not method.trains_base:
+        attach_rows(loaded.model, sorted(loaded.added.values()))
+    loaded.model.to(device)
+    settle(loaded.model, precision)
+    steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train))
+    notes += _advice(recipe, prepared, trunk, steps)
+    return Assembled(
+        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes
+    )  # fmt: skip
+
+
+def encoder_of(recipe: Recipe, text: TextSide, notes: list[str]) -> Encoder:
+    section = data_section(recipe)
+    most = text.max_positions
+    if most and section.max_tokens > most:
+        notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
+        section = section.model_copy(update={"max_tokens": most})
+    template = open_template(None, text.tokenizer, recipe.model.chat_template)
+    return Encoder(text.tokenizer, template, section, text.stop_ids)
+
+
+def data_section(recipe: Recipe) -> DataSection:
+    """`evaluate.on` stands in for `data.eval` where that holds nothing out."""
+    if recipe.evaluate.on and recipe.data.eval is None:
+        return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
+    return recipe.data
+
+
+def _precision(recipe: Recipe, device: torch.device) -> Precision:
+    """`model.dtype` and `engine.precision` must not contradict each other; either may decide."""
+    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
+    asked = recipe.engine.precision
+    if "auto" not in (said, asked) and said != asked:
+        raise RecipeError(
+            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
+            remedy="leave one of them at auto",
+        )  # fmt: skip
+    return resolve_precision(said if asked == "auto" else asked, device)
+
+
+def _refuse_loggers(recipe: Recipe) -> None:
+    if others := sorted(set(recipe.report_to) - {"tensorboard"}):
+        raise RecipeError("no such logger yet", where="report_to", value=others, remedy="use tensorboard, or []")
+
+
+def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample]) -> StreamSpec:
+    spec = recipe.train
+    microbatch = spec.microbatch_tokens
+    if microbatch == "auto":
+        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), max(sample.length for sample in samples))
+    return StreamSpec(
+        seed=spec.seed, tokens_per_step=spec.tokens_per_step or 16384, rows_per_step=spec.rows_per_step,
+        window=spec.pack_window, microbatch_tokens=int(microbatch), packing=recipe.data.packing,
+    )  # fmt: skip
+
+
+def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
+    """What a person should know before the first step."""
+    notes = []
+    if trunk.path != "forest":
+        notes.append(f"rows run unpacked: {trunk.reason}")
+    if prepared.ledger.leaked:
+        notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
+    total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
+    if total < _FEW_STEPS:
+        notes.append(
+            f"only {total} optimizer steps: {steps.tokens_per_epoch:,} tokens an epoch at "
+            f"train.tokens_per_step {steps.spec.tokens_per_step}; lower it, or raise train.epochs"
+        )
+    return notes
+
+
+def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
+    recipe, named = work.recipe, resume not in (None, "auto", "strict")
+    identity = {
+        **fingerprint.identity(recipe, named_checkpoint=named), "base.fingerprint": work.loaded.fingerprint,
+        "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
+        "template": fingerprint.digest(work.encoder.template.texts if work.encoder.template else None),
+    }  # fmt: skip
+    held_out = work.prepared.evaluation
+    evaluation = list(Stream(held_out, stream_spec(recipe, work.device, held_out)).batches()) if held_out else []
+    return Run(
+        directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
+        device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
+        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity,
+        benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume,
+    )  # fmt: skip
+
+
+def _tokenizer_digest(loaded: Loaded) -> str:
+    return fingerprint.digest(loaded.tokenizer.backend_tokenizer.to_str())
+
+
+def gate_of(work: Assembled) -> GateSpec:
+    """What the gate checks: the first real batches, and the prompts of inference against those of training."""
+    ledger = work.prepared.ledger
+    return GateSpec(
+        trunk=work.trunk, objective=work.objective, stream=work.stream, device=work.device,
+        precision=work.precision, stop_ids=work.encoder.stop_ids, bos_id=work.loaded.tokenizer.bos_token_id,
+        prompts=_prompts(work.encoder, work.prepared.train_records[:_PROMPTS]),
+        rows_read=ledger.total("read"), dropped=ledger.reasons,
+    )  # fmt: skip
+
+
+def _prompts(encoder: Encoder, records: Sequence[Record]) -> list[Prompt]:
+    """The last question of each conversation as inference would feed it, beside the ids that train."""
+    found = []
+    for record in records:
+        if isinstance(record, Chat) and len(record.messages) > 1 and record.messages[-1]["role"] == "assistant":
+            inference = encoder.prompt_ids(record.messages[:-1], record.tools)
+            found.append(Prompt(str(record.source), inference, encoder.masked(record).encoded.ids_T.tolist()))
+    return found
