@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.contracts.errors import DataError
+from luthier.data import templates
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest known is below 60,000
 LONGEST_RENDER = 1 << 25
@@ -172,11 +174,15 @@ def open_template(
     if override is not None:
         if "{" in override or "\n" in override:
             return Template(override, special, "model.chat_template")
+        shipped = files(templates)
+        if (named := shipped / f"{override}.jinja").is_file():
+            return Template(named.read_text(encoding="utf-8"), special, override)
         path = Path(override)
         if not path.is_file():
+            names = sorted(entry.name.removesuffix(".jinja") for entry in shipped.iterdir() if ".jinja" in entry.name)
             raise DataError(
                 "no such chat template", where="model.chat_template", value=override,
-                remedy="give a .jinja file or the template's text",
+                remedy=f"give a .jinja file, the template's text, or one that comes along: {', '.join(names)}",
             )  # fmt: skip
         return Template(path.read_text(encoding="utf-8"), special, path.name)
     if chat_template is None:
