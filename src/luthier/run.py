@@ -1,9 +1,9 @@
 """The hall: the only file that knows every room, one function per verb. Rooms meet here and nowhere else.
 
-    train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
-    dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
-    load       a run, adapter or model, ready to use    generate, reply         answers
-    evaluate   loss, perplexity, exact match            merge                   an adapter into its base
+train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
+dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
+load       a run, adapter or model, ready to use    generate, reply         answers
+evaluate   loss, perplexity, exact match            merge                   an adapter into its base
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -27,16 +28,17 @@ from luthier.artifact import fold
 from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, assemble, data_section, encoder_of, engine_run, gate_of
-from luthier.contracts.errors import DataError, LuthierError, UsageError
+from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, Noted
 from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.durable import replace_text
 from luthier.engine.gate import GateFailure, run_gate
-from luthier.engine.journal import draw_loss, summary
+from luthier.engine.journal import summary
 from luthier.engine.lock import hold
 from luthier.engine.loop import train as train_steps
+from luthier.engine.plot import draw_loss
 from luthier.engine.resume import enter
 from luthier.engine.task import Outcome
 from luthier.engine.tensorboard import TensorBoard
@@ -100,14 +102,15 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
             run = engine_run(work, directory, resume)
             _write_beginning(work, directory)
             _pass_gate(work, directory)
-            readers = [TensorBoard(directory / "tensorboard")] if "tensorboard" in recipe.report_to else []
-            for event in train_steps(run):
-                for reader in readers:
-                    reader(event)
-                yield event
+            with ExitStack() as stack:
+                boards = [stack.enter_context(TensorBoard(directory)) for _ in recipe.report_to]
+                for event in train_steps(run):
+                    for board in boards:
+                        board.read(event)
+                    yield event
             assert run.outcome is not None
             training.report = _write_end(work, directory, run.outcome)
-    except LuthierError as error:
+    except Exception as error:
         error.run_log = str(log)  # type: ignore[attr-defined]
         raise
 
@@ -157,7 +160,7 @@ def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, 
             added_tokens=loaded.added,
         )  # fmt: skip
         save_tokenizer(loaded.tokenizer, template, result)
-    draw_loss(directory / "journal.jsonl", directory / "loss.png")
+    draw_loss(directory / "journal.jsonl", directory / "loss.png", title=directory.name)
     told = summary(directory / "journal.jsonl")
     report = {
         "run_dir": str(directory), **told, "eval_loss": outcome.eval_loss, "result_dir": str(result),
@@ -269,7 +272,9 @@ def evaluate(
     longest = max(sample.length for sample in samples)
     budget = max(longest, MICROBATCH_TOKENS.get(opened.model.device.type, 4096))
     trunk = open_trunk(opened.model)
-    batches = (batch.to(opened.model.device) for batch in Stream(samples, StreamSpec(microbatch_tokens=budget)).batches())
+    batches = (
+        batch.to(opened.model.device) for batch in Stream(samples, StreamSpec(microbatch_tokens=budget)).batches()
+    )
     try:
         scores = held_out_loss(trunk.logprobs, batches)
     finally:
@@ -277,7 +282,9 @@ def evaluate(
     scores = {**scores, "exact_match": None, "dropped": prepared.ledger.reasons}
     if exact_match is not False:
         try:
-            compared = compare_answers(records, opened.prompt_ids, lambda prompts: _answers(opened, prompts, max_new_tokens))
+            compared = compare_answers(
+                records, opened.prompt_ids, lambda prompts: _answers(opened, prompts, max_new_tokens)
+            )
         except DataError:
             if exact_match:
                 raise

@@ -11,7 +11,9 @@ import click
 @click.command("evaluate")
 @click.argument("target", type=click.Path())
 @click.option("--on", "on", required=True, type=click.Path(), help="Rows, in any format that training reads.")
-@click.option("--exact-match/--no-exact-match", default=None, help="Generate answers too (default: when rows have them).")
+@click.option(
+    "--exact-match/--no-exact-match", default=None, help="Generate answers too (default: when rows have them)."
+)
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--max-tokens", default=2048, show_default=True, type=click.IntRange(min=8), help="Longest row.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
