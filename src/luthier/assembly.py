@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from luthier.contracts.errors import DataError, RecipeError
+from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.contracts.record import Chat, Record, Sample

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import luthier
 from luthier.artifact import fold
@@ -47,8 +46,10 @@ from luthier.evaluation.loss import held_out_loss
 from luthier.models.load import load_text, save_tokenizer, save_whole
 from luthier.models.probe import open_trunk
 from luthier.opened import Opened, open_target
+from luthier.recipe.document import dump
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
-from luthier.sampling.generate import SamplingSpec, generate as generate_tokens, stream
+from luthier.sampling.generate import SamplingSpec, stream
+from luthier.sampling.generate import generate as generate_tokens
 
 REPORT_KEYS = ("run_dir", "steps", "final_loss", "eval_loss", "tokens", "seconds", "peak_bytes")
 
@@ -128,12 +129,12 @@ def _pass_gate(work: Assembled, directory: Path) -> None:
 def _write_beginning(work: Assembled, directory: Path) -> None:
     ledger = work.prepared.ledger
     (directory / "data").mkdir(exist_ok=True)
-    replace_text(directory / "resolved.yaml", yaml.safe_dump(work.recipe.resolved(), sort_keys=False))
+    replace_text(directory / "resolved.yaml", dump(work.recipe.resolved()))
     replace_text(directory / "env.json", json.dumps(_environment(work), indent=2) + "\n")
     replace_text(directory / "data" / "ledger.json", json.dumps(ledger.to_json(), indent=2) + "\n")
     if ledger.rejects:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ledger.rejects]
-        replace_text(directory / "rejects.jsonl", "".join(lines))
+        replace_text(directory / "data" / "rejects.jsonl", "".join(lines))
 
 
 def _environment(work: Assembled) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, 
         data=work.prepared.ledger.summary().splitlines(),
         results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
         peft=work.method.peft_type is not None, version=luthier.__version__,
-        recipe=yaml.safe_dump(recipe.resolved(), sort_keys=False),
+        recipe=dump(recipe.resolved()),
     )  # fmt: skip
     replace_text(directory / "README.md", card(facts))
     return report
@@ -283,7 +284,7 @@ def evaluate(
     if exact_match is not False:
         try:
             compared = compare_answers(
-                records, opened.prompt_ids, lambda prompts: _answers(opened, prompts, max_new_tokens)
+                records, opened.prompt_ids, partial(_answers, opened, max_new_tokens)
             )
         except DataError:
             if exact_match:
@@ -296,7 +297,7 @@ def evaluate(
     return scores
 
 
-def _answers(opened: Opened, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _answers(opened: Opened, max_new_tokens: int, prompts: list[list[int]]) -> list[str]:
     spec = SamplingSpec(max_new_tokens, stop_ids=opened.encoder.stop_ids, batch=64)
     made = generate_tokens(opened.model, opened.tokenizer, prompts, spec)
     return [opened.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -16,10 +17,10 @@ import click
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0.0), help="0 is greedy.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sampling, where temperature > 0.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, stopped.")
-def command(target: str, prompt: str, as_json: bool, **how: object) -> None:
+def command(target: str, prompt: str, as_json: bool, **how: Any) -> None:
     """Answer one prompt with TARGET: a run directory, an adapter directory or a model directory."""
     from luthier import run
 
     text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
-    answer = run.generate(target, text, **how)  # type: ignore[arg-type]
+    answer = run.generate(target, text, **how)
     click.echo(json.dumps(answer, ensure_ascii=False) if as_json else answer["text"])

@@ -57,9 +57,9 @@ def _plan_lines(facts: dict[str, Any]) -> str:
 def _closing_lines(report: dict[str, Any]) -> str:
     evaluated = "" if report["eval_loss"] is None else f", eval loss {report['eval_loss']:.4f}"
     result = report["result_dir"]
+    losses = f"loss {report['final_loss']:.4f}{evaluated}"
     lines = [
-        f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']:.1f} s, "
-        f"loss {report['final_loss']:.4f}{evaluated}",
+        f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']:.1f} s, {losses}",
         f"result   {result} (from {report['result_from']})",
         f"run      {report['run_dir']} (loss.png, report.json, journal.jsonl)",
         f'next     luthier generate {report["run_dir"]} --prompt "…"',

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -69,8 +71,8 @@ class Piece:
     child is predicted at the last position of its parent.
     """
 
-    tokens: Sequence[int]
-    weights: Sequence[float]
+    tokens: Sequence[int] | NDArray[Any]  # ints
+    weights: Sequence[float] | NDArray[Any]  # floats
     parent: int = -1  # index of an earlier piece of the same sample
 
 
