@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -283,9 +284,7 @@ def evaluate(
     scores = {**scores, "exact_match": None, "dropped": prepared.ledger.reasons}
     if exact_match is not False:
         try:
-            compared = compare_answers(
-                records, opened.prompt_ids, partial(_answers, opened, max_new_tokens)
-            )
+            compared = compare_answers(records, opened.prompt_ids, partial(_answers, opened, max_new_tokens))
         except DataError:
             if exact_match:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -60,7 +61,7 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def _show_row(row: dict[str, Any]) -> None:
     trained = sum(row["trained"])
     click.echo(click.style(f"— {row['source']}: {len(row['ids'])} tokens, {trained} trained", bold=True))
-    coloured = click.get_text_stream("stdout").isatty()
+    coloured = sys.stdout.isatty()
     parts, inside = [], False
     for text, flag in zip(row["pieces"], row["trained"], strict=True):
         if bool(flag) != inside and not coloured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -21,6 +22,6 @@ def command(target: str, prompt: str, as_json: bool, **how: Any) -> None:
     """Answer one prompt with TARGET: a run directory, an adapter directory or a model directory."""
     from luthier import run
 
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     answer = run.generate(target, text, **how)
     click.echo(json.dumps(answer, ensure_ascii=False) if as_json else answer["text"])

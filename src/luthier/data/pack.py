@@ -149,7 +149,7 @@ def _compact(piece: Piece) -> Piece:
     return replace(piece, tokens=np.asarray(piece.tokens, dtype=np.int32), weights=small)  # type: ignore[arg-type]
 
 
-def _joined(parts: Iterable[Sequence[Any]], dtype: Any) -> NDArray[Any]:
+def _joined(parts: Iterable[Any], dtype: Any) -> NDArray[Any]:
     return np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
 
 

@@ -115,9 +115,8 @@ class Trunk:
         if head_map is None:
             return gather_logprobs(self._whole(inputs, scored_N), targets_N)
         hidden, head = self._hidden(inputs, scored_N), _head(self.model)
-        if _plain_linear(head):
-            bias = getattr(head, "bias", None)
-            return token_logprobs(hidden, head.weight, targets_N, bias_V=bias, head_map=head_map)
+        if isinstance(head, nn.Linear) and _plain_linear(head):
+            return token_logprobs(hidden, head.weight, targets_N, bias_V=head.bias, head_map=head_map)
         return _chunked(head, hidden, targets_N, head_map)
 
     def _logits(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
