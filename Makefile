@@ -8,6 +8,7 @@
 BIN := .venv/bin
 PYTHON ?=
 QUICKSTART ?=
+BENCH ?=
 TESTS ?= tests
 WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
@@ -37,7 +38,7 @@ test-nightly: setup
 
 bench: setup
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m bench.sft
+	$(BIN)/python -m bench.sft $(BENCH)
 
 docs: setup
 	$(BIN)/python docs/generate.py
