@@ -135,9 +135,13 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
         found = next(controls.finditer(history))
         closing = history[len(common) : found.end()] if last == common else found.group()
     return Habits(
-        header=header, lead=texts.between[atomic_prefix(texts.between, prompted, controls) :], openers=frozenset(openers - ends),
-        ends=frozenset(ends), closing=closing, tag=seen[0] if seen and not after else "",
-    )  # fmt: skip
+        header=header,
+        lead=texts.between[atomic_prefix(texts.between, prompted, controls) :],
+        openers=frozenset(openers - ends),
+        ends=frozenset(ends),
+        closing=closing,
+        tag=seen[0] if seen and not after else "",
+    )
 
 
 def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
