@@ -29,7 +29,7 @@ from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, assemble, data_section, encoder_of, engine_run, gate_of
 from luthier.contracts.errors import DataError, UsageError
-from luthier.contracts.event import Event, Noted
+from luthier.contracts.event import Event, Noted, StepDone
 from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare
 from luthier.data.stream import Stream, StreamSpec
@@ -87,8 +87,18 @@ class Training:
 def train(recipe: Recipe, *, resume: str | None = None, fresh: bool = False) -> Training:
     """Start (or resume) the run that a recipe describes. Nothing happens before the first event is asked for."""
     training = Training(recipe, Path(recipe.output_dir))
-    training.events = _train(training, resume, fresh)
+    training.events = _logged(_train(training, resume, fresh), training.directory / "log.txt")
     return training
+
+
+def _logged(events: Iterator[Event], log: Path) -> Iterator[Event]:
+    """What was said goes to the run's log too: every event but the steps, which the journal has."""
+    for event in events:
+        if not isinstance(event, StepDone):
+            said = ", ".join(f"{name} {value}" for name, value in event.record().items() if name != "event")
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event.event}: {said}\n")
+        yield event
 
 
 def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Event]:

@@ -68,8 +68,8 @@ def test_commands_of_the_readme(
     assert list(told) == ["init my.yaml", "data show", "train my.yaml", "chat path/to/model", "merge runs/my/adapter"]
     assert (place / "merged" / "model.safetensors").is_file()
     left = (ROOT / "README.md").read_text("utf-8").split("## What a run leaves")[1].split("```")[1]
-    for name in re.findall(r"[\w./-]+\.(?:yaml|jsonl?|png|md|txt)\b|adapter/", left):
-        assert (place / "runs" / "my" / name).exists(), name
+    for name in re.findall(r"[\w.-]+\.(?:yaml|jsonl?|png|md|txt|safetensors)\b", left):
+        assert list((place / "runs" / "my").rglob(name)), name
 
 
 def test_program_of_the_readme(place: Path) -> None:

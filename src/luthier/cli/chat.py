@@ -1,4 +1,7 @@
-"""`luthier chat TARGET [TARGET …]`: a conversation at the terminal, with one target or several side by side."""
+"""`luthier chat TARGET [TARGET …]`: a conversation at the terminal, with one target or several side by side.
+
+The history grows turn by turn under the same template as in training; nothing is stored.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`luthier data show|check RECIPE`: rows as the model sees them, and what became of every row."""
+"""`luthier data show|check RECIPE`: rows as the model sees them, and what became of every row.
+
+What is printed is what training reads: the same ids, the same marks; nothing is written.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`luthier evaluate TARGET --on FILE`: loss, perplexity and exact match on rows the target has not seen."""
+"""`luthier evaluate TARGET --on FILE`: loss, perplexity and exact match on rows the target has not seen.
+
+The rows go through the same template, mask and packing as in training. Leaves out task suites and judges.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`luthier generate TARGET --prompt …`: one answer from a run, an adapter or a model."""
+"""`luthier generate TARGET --prompt …`: one answer from a run, an adapter or a model.
+
+Greedy unless a temperature is given. Several prompts, or a server, are not its business.
+"""
 
 from __future__ import annotations
 

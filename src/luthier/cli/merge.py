@@ -1,4 +1,7 @@
-"""`luthier merge ADAPTER --out DIR`: fold an adapter into its base, and say how far the two are apart."""
+"""`luthier merge ADAPTER --out DIR`: fold an adapter into its base, and say how far the two are apart.
+
+The fold is measured on logits before it is called done; a method that cannot fold refuses with exit 2.
+"""
 
 from __future__ import annotations
 

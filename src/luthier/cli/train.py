@@ -1,4 +1,7 @@
-"""`luthier train RECIPE [path=value …]`: the recipe is read and checked before anything heavy is imported."""
+"""`luthier train RECIPE [path=value …]`: the recipe is read and checked before anything heavy is imported.
+
+Whatever can be wrong with it exits 2 at once, without torch.
+"""
 
 from __future__ import annotations
 
