@@ -88,7 +88,7 @@ def test_our_file_in_peft_and_back(kind: tuple[str, bool], tmp_path: Path) -> No
     peft = pytest.importorskip("peft")
     method, model = made(*kind)
     stir(model)
-    save_adapter(tmp_path / "a", method, model, base_path="tiny", rows=ROWS)
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
     oracle = peft.PeftModel.from_pretrained(base(kind[0], tied=kind[1]), tmp_path / "a")
     torch.testing.assert_close(logits(oracle), logits(model), atol=1e-5, rtol=1e-4)
     oracle.save_pretrained(tmp_path / "b")

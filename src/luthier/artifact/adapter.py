@@ -56,16 +56,14 @@ class AdapterFile:
 
 def save_adapter(
     directory: str | Path, method: Method, model: nn.Module, *, base_path: str, base_fingerprint: str | None = None,
-    rows: Sequence[int] | None = None, added_tokens: Mapping[str, int] | None = None,
+    added_tokens: Mapping[str, int] | None = None,
 ) -> Path:  # fmt: skip
-    """Write the adapter atomically; an adapter already there is replaced as a whole."""
+    """Write the adapter, with the token rows on the model, atomically; one already there is replaced as a whole."""
     directory = Path(directory)
     if method.trains_base:
         raise RecipeError(f"{type(method).__name__} trains the base: its result is a whole model", where="method")
     config = method.config(model)
     trained_rows = token_rows.row_config(model)
-    if rows is not None and sorted(rows) != sorted(next(iter((trained_rows or {"": []}).values()))):
-        raise ValueError("the token rows on the model are not the ones to save")
     whole = {
         **config, "auto_mapping": None, "base_model_name_or_path": base_path, "inference_mode": True,
         "peft_version": None, "revision": None, token_rows.CONFIG_KEY: trained_rows,
