@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from data.families import GOLD, SOURCE, STRINGS, TEMPLATES, chat, template, tokenizer_for, trained
 
+from data.families import GOLD, SOURCE, STRINGS, TEMPLATES, chat, template, tokenizer_for, trained
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
 from luthier.data.mask import Masker, mask_chat
@@ -108,7 +108,9 @@ def test_tool_calls_train_where_they_are_printed() -> None:
     masked = masker("tools").mask(Chat(messages, SOURCE))
     gold = '<tool_call>{"name": "add", "arguments": {"a": 2, "city": "Oslo"}}</tool_call><|im_end|>'
     assert trained(masked) == [gold, "done<|im_end|>"]
-    with pytest.raises(DataError, match=r"drops a tool call's name in message 1 \(assistant\).*rows.jsonl:7 \(chatml\)"):
+    with pytest.raises(
+        DataError, match=r"drops a tool call's name in message 1 \(assistant\).*rows.jsonl:7 \(chatml\)"
+    ):
         masker("chatml").mask(Chat(messages, SOURCE))
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.families import STRINGS, tokenizer_for, trained
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from data.families import STRINGS, tokenizer_for, trained
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.mask import Masker
@@ -124,7 +124,9 @@ def test_no_control_token_comes_from_what_a_user_wrote(masked: dict[tuple[str, s
 
 def _independent(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
     """What stands between the markers, by putting plain text in their place."""
-    text = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true %}{% if true %}{{ '⟦' }}{% endif \2%}", template.text)
+    text = re.sub(
+        r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true %}{% if true %}{{ '⟦' }}{% endif \2%}", template.text
+    )
     text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif %}{% if true %}{{ '⟧' }}{% endif \2%}", text)
     rendered = Template(text, STRINGS, "bracketed").render(messages, tools)
     assert rendered.replace("⟦", "").replace("⟧", "") == template.render(messages, tools)
@@ -155,7 +157,7 @@ WIDER_TWINS = {
 def test_originals_train_what_their_marked_twins_do(masked: dict[tuple[str, str], tuple[Masker, Any]]) -> None:
     """Where the texts are equal, modulo white space at the ends of a turn and Phi-3's eos after the last one."""
     equal = wider = 0
-    for (stem, name), (masker, found) in masked.items():
+    for (stem, name), (_, found) in masked.items():
         twin = masked.get((f"{stem}_training", name))
         if twin is None or isinstance(found, DataError) or isinstance(twin[1], DataError):
             continue

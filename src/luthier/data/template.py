@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,7 +80,7 @@ class Template:
     def texts(self) -> tuple[str, ...]:
         return (self.text,) if self.tool_use is None else (self.text, self.tool_use)
 
-    @property
+    @cached_property
     def has_markers(self) -> bool:
         """True where the template itself says what is trained, by `{% generation %}` blocks."""
         return all(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) for text in self.texts)

@@ -23,6 +23,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -185,12 +186,13 @@ class Vocabulary:
         return self._twins
 
     def _encoded(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
-        ids_T = np.asarray(ids, dtype=np.int64)
+        ids_T = np.fromiter(ids, dtype=np.int64, count=len(ids))
         if not len(ids_T):
             if text.strip():
                 raise self._lossy(text)
             return Encoded(text, ids_T, ids_T, ids_T)
-        pairs = np.asarray(offsets, dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids_T))
+        pairs = flat.reshape(-1, 2)
         start_T, end_T = pairs[:, 0], pairs[:, 1]
         reached_T = np.maximum.accumulate(end_T)
         before_T = np.concatenate(([0], reached_T[:-1]))
