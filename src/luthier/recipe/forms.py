@@ -23,7 +23,7 @@ from luthier.recipe.document import Document, Steps
 
 SECTIONS = ("model", "data", "method", "objective", "train", "engine", "evaluate")
 DEFAULTS = {"method": "lora", "objective": "sft"}
-_SHORT = {"model": "path", "data": "train", "method": "name", "objective": "name"}
+SHORT = {"model": "path", "data": "train", "method": "name", "objective": "name"}
 _SOURCES: tuple[Steps, ...] = (("data", "train"), ("data", "eval"), ("evaluate", "on"))
 _LISTS: tuple[Steps, ...] = (("report_to",), ("data", "mask", "roles"), ("model", "add_tokens"))
 
@@ -62,9 +62,9 @@ def expand(document: Document) -> list[LuthierError]:
     for section in SECTIONS:
         if section in root and root[section] is None:
             root[section] = {}
-        elif section in _SHORT and isinstance(root.get(section), str | list):
-            document.move((section,), (section, _SHORT[section]))
-            document.set((section,), {_SHORT[section]: root[section]}, like=(section, _SHORT[section]))
+        elif section in SHORT and isinstance(root.get(section), str | list):
+            document.move((section,), (section, SHORT[section]))
+            document.set((section,), {SHORT[section]: root[section]}, like=(section, SHORT[section]))
     for steps in _SOURCES:
         _sources(document, steps)
     for steps in _LISTS:

@@ -15,7 +15,7 @@ from typing import Any
 from luthier.contracts.errors import LuthierError, RecipeError
 from luthier.recipe.aliases import translate
 from luthier.recipe.document import Document, Steps, dotted, parse
-from luthier.recipe.forms import expand, look
+from luthier.recipe.forms import SHORT, expand, look
 
 _PATH = re.compile(r"[^.\[\]\s=]+(\.[^.\[\]\s=]+|\[[0-9]+\])*")
 _STEP = re.compile(r"[^.\[\]]+")
@@ -54,6 +54,8 @@ def _enter(over: Document, text: str, notes: list[str]) -> None:
         raise RecipeError("not a path", where=name, value=path or "nothing", remedy="such as data.train[0].weight=0.5")
     steps: Steps = tuple(int(part) if part.isdigit() else part for part in _STEP.findall(path))
     data = parse(value, name, placed=False).data
+    if len(steps) == 1 and steps[0] in SHORT and isinstance(data, str | list):  # `model=PATH model.dtype=...`
+        steps = (*steps, SHORT[str(steps[0])])
     into: Any = over.data
     for depth, step in enumerate(steps[:-1]):
         into = into.setdefault(step, {})
