@@ -53,7 +53,7 @@ def test_save_and_load_are_inverse(saved: Path) -> None:
     original = tiny("llama")
     assert all(torch.equal(original.state_dict()[n], t) for n, t in loaded.model.state_dict().items())
     assert not loaded.model.training
-    assert loaded.chat_template == tiny_tokenizer().chat_template
+    assert loaded.tokenizer.chat_template == tiny_tokenizer().chat_template
     assert loaded.generation_stop_ids == (260,)
     assert loaded.unexpected == ()
     assert loaded.tokenizer("<|im_end|>")["input_ids"] == [260]
@@ -217,15 +217,6 @@ def test_spare_rows_take_new_tokens_without_growing(directory: Path) -> None:
     torch.testing.assert_close(table[used], table[:used].mean(0))
 
 
-def test_the_template_in_force(directory: Path, tmp_path: Path) -> None:
-    file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages }}")
-    assert load(directory, chat_template=str(file)).chat_template == "{{ messages }}"
-    assert load(directory, chat_template="{% for m in messages %}{% endfor %}").chat_template.startswith("{% for")
-    with pytest.raises(ModelError, match="no such template"):
-        load(directory, chat_template="nowhere.jinja")
-
-
 def test_the_fingerprint_tells_one_changed_weight(directory: Path) -> None:
     before = fingerprint(directory)
     assert before == fingerprint(directory)
@@ -239,7 +230,7 @@ def test_the_fingerprint_tells_one_changed_weight(directory: Path) -> None:
 
 def test_real_checkpoints_load(shared_data) -> None:
     loaded = load(shared_data("models/stories260K-chatml"))
-    assert loaded.chat_template.startswith("{% for m in messages %}")
+    assert loaded.tokenizer.chat_template.startswith("{% for m in messages %}")
     assert loaded.generation_stop_ids == (513,)
     with pytest.raises(ModelError, match="model2vec"):
         load(shared_data("models/potion-base-4m-int8"))

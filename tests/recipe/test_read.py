@@ -246,3 +246,11 @@ def test_reading_never_imports_torch(write: Write) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(luthier.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_short_form_and_a_field_of_its_section_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: {path: old, add_tokens: [<a>]}\ndata: {train: old.jsonl, eval: 0.1}\n")
+    recipe, _ = read_recipe(str(file), ["model=new", "model.chat_template=chatml", "data=new.jsonl"])
+    assert (recipe.model.path, recipe.model.chat_template, recipe.model.add_tokens) == ("new", "chatml", ("<a>",))
+    assert (recipe.data.train[0].path, recipe.data.eval) == ("new.jsonl", 0.1)

@@ -44,7 +44,7 @@ def check_shown(chat: Chat, found: Trace) -> None:
         if seen < number:
             raise NotProvable(
                 f"the template drops {what} message {message} ({role})",
-                "give a template that prints it in model.chat_template, or change the row",
+                "name a template that prints it in model.chat_template (chatml comes along), or change the row",
             )
         if seen > number and kind == "content" and role == "assistant":
             raise NotProvable(f"the template prints {what} message {message} ({role}) more than once")

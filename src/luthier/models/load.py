@@ -38,7 +38,6 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    chat_template: str | None
     generation_stop_ids: tuple[int, ...]
     path: Path
     fingerprint: str
@@ -90,7 +89,6 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        chat_template=chat_template(tokenizer, section.chat_template),
         generation_stop_ids=stop_ids(model, tokenizer),
         path=directory,
         fingerprint=fingerprint(directory),
@@ -148,21 +146,6 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             remedy="add its tokenizer.json",
         )
     return tokenizer
-
-
-def chat_template(tokenizer: PreTrainedTokenizerFast, override: str | None = None) -> str | None:
-    """The template in force: the override (a file, or the template itself), else the tokenizer's own."""
-    if override is not None:
-        if "{%" in override or "{{" in override:
-            return override
-        file = Path(override).expanduser()
-        if not file.is_file():
-            raise ModelError("no such template file", where="model.chat_template", value=override)
-        return file.read_text(encoding="utf-8")
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        return own.get("default")
-    return own
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
