@@ -17,10 +17,17 @@ from torch import nn
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
+_KINDS = 6
 VOCABULARY = 256
 
 _NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
-_NARROW |= {"n_inner": 256, "ffn_dim": 256, "ffn_hidden_size": 256, "vocab_size_per_layer_input": VOCABULARY}
+_NARROW |= {
+    "intermediate_size_mlp": 256,
+    "n_inner": 256,
+    "ffn_dim": 256,
+    "ffn_hidden_size": 256,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -53,6 +60,8 @@ def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
             model, "luthier_native_attention", model.config._attn_implementation_internal
         )
         text = config.get_text_config()
+        if shrink and getattr(text, "first_k_dense_replace", None):
+            text.first_k_dense_replace = 1
         _keep_layers(text, layers_needed(text))
         if shrink:
             _narrow(text)
@@ -71,7 +80,9 @@ def layers_needed(config: Any) -> int:
     needed = min(2, depth)
     for value in vars(config).values():
         if isinstance(value, (list, tuple)) and len(value) == depth and all(isinstance(v, (str, int)) for v in value):
-            needed = max(needed, max(list(value).index(kind) for kind in set(value)) + 1)
+            kinds = set(value)
+            if len(kinds) <= _KINDS:  # more: a list of layer numbers, not of kinds
+                needed = max(needed, max(list(value).index(kind) for kind in kinds) + 1)
     dense_first = getattr(config, "first_k_dense_replace", None)
     if isinstance(dense_first, int):
         needed = max(needed, dense_first + 1)

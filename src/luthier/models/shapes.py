@@ -73,12 +73,17 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str | None, list[str]]:
-    """(path of the list, paths of its layers): the longest list of modules of one kind in the model."""
+    """(path of the list, paths of its layers): the list as long as the text model is deep, else the longest."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    depth = getattr(config, "num_hidden_layers", None)
     best: tuple[str | None, list[str]] = (None, [])
     for path, module in model.named_modules():
         inside_layer = re.search(r"\.\d+\.", path) is not None
-        if isinstance(module, nn.ModuleList) and not inside_layer and len(module) > len(best[1]):
-            best = path, [f"{path}.{index}" for index in range(len(module))]
+        if isinstance(module, nn.ModuleList) and not inside_layer:
+            found = path, [f"{path}.{index}" for index in range(len(module))]
+            if len(module) == depth:
+                return found
+            best = max(best, found, key=lambda pair: len(pair[1]))
     return best
 
 

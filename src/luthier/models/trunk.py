@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class Trunk:
         if head_map is None:
             return gather_logprobs(self._whole(inputs, scored_N), targets_N)
         hidden, head = self._hidden(inputs, scored_N), _head(self.model)
-        if isinstance(head, nn.Linear) and _plain_linear(head):
+        if _plain_linear(head):
             return token_logprobs(hidden, head.weight, targets_N, bias_V=head.bias, head_map=head_map)
         return _chunked(head, hidden, targets_N, head_map)
 
@@ -145,7 +146,7 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _plain_linear(head: nn.Module) -> bool:
+def _plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
 
 
