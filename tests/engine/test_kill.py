@@ -67,6 +67,7 @@ def test_every_named_point_is_killed_at() -> None:
 
 def test_faults_are_inert_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LUTHIER_FAULT", raising=False)
+    fault._seen.clear()
     for point in POINTS:
         fault.fault(point.partition(":")[0])  # still here afterwards
     assert "LUTHIER_FAULT" not in os.environ
