@@ -112,8 +112,7 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
             for note in work.notes:
                 yield Noted("warning", note)
             run = engine_run(work, directory, resume)
-            _write_beginning(work, directory)
-            _pass_gate(work, directory)
+            run.on_agreed = partial(_begin, work, directory)
             with ExitStack() as stack:
                 boards = [stack.enter_context(TensorBoard(directory)) for _ in recipe.report_to]
                 for event in train_steps(run):
@@ -125,6 +124,12 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
     except Exception as error:
         error.run_log = str(log)  # type: ignore[attr-defined]
         raise
+
+
+def _begin(work: Assembled, directory: Path) -> None:
+    """Only now, when no checkpoint refused this recipe, may the run's own account be written."""
+    _write_beginning(work, directory)
+    _pass_gate(work, directory)
 
 
 def _pass_gate(work: Assembled, directory: Path) -> None:

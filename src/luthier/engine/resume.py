@@ -40,7 +40,8 @@ def enter(directory: Path, *, resume: str | None = None, fresh: bool = False) ->
     """Before anything is written: refuse an existing run without a flag, or move it aside."""
     if fresh and resume:
         raise UsageError("--resume and --fresh exclude each other", remedy="pass one of them")
-    holds = (directory / "journal.jsonl").exists() or bool(found(directory))
+    journal = directory / "journal.jsonl"
+    holds = (journal.exists() and journal.stat().st_size > 0) or bool(found(directory))
     if holds and fresh:
         move_aside(directory)
     elif holds and not resume:

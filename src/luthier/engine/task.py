@@ -6,7 +6,7 @@ directory. The engine sees contracts only: any method, objective, trunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,4 +61,5 @@ class Run:
     benign: Mapping[str, Any] = field(default_factory=dict)
     resume: str | None = None  # None | auto | strict | a checkpoint's path
     guard: Guard = field(default_factory=Guard)
+    on_agreed: Callable[[], None] = lambda: None  # called once the run may go on, before its first event
     outcome: Outcome | None = None  # filled at the end

@@ -70,6 +70,7 @@ class Work:
         notes += self._settle_threads(resumed=start.content is not None)
         if (self.run.engine.checkpoint_activations is True or self.state.recompute) and not self.use_recompute():
             notes.append("this model family cannot recompute activations: engine.checkpoint_activations has no effect")
+        run.on_agreed()
         for note in notes:
             yield Noted("warning", note)
         self.model.train()
