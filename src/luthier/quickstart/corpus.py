@@ -1,0 +1,153 @@
+"""The small world of the quickstart: purchases, told in prose. Text is made from word lists and a seed.
+
+A purchase has five slots: date, who, where, item, price. The corpus tells each one twice in different words
+(long date, then ISO date; "45 euros", then "45 EUR"), so that a base model which has read it knows what the
+words mean, yet has never seen a question, a chat or a JSON record. That is what the tuning adds.
+
+The world has two sides that share no date, no amount and no (who, where) pair: `open` is read and trained on,
+`held_out` is only ever asked about. The side of a purchase is a pure function of its slots.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+Side = Literal["open", "held_out"]
+FIRST_YEAR, LAST_YEAR = 1990, 2029
+LARGEST_AMOUNT = 999
+
+
+@cache
+def texts() -> dict[str, Any]:
+    """Word lists and sentence patterns, shipped as `texts.json`."""
+    return json.loads(files(__package__).joinpath("texts.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Purchase:
+    """One event of the small world; every sentence, record and check is derived from it."""
+
+    year: int
+    month: int
+    day: int
+    who: str
+    where: str
+    item: str
+    amount: int
+    currency: str
+
+    @property
+    def iso(self) -> str:
+        return f"{self.year:04d}-{self.month:02d}-{self.day:02d}"
+
+    @property
+    def total(self) -> str:
+        return f"{self.amount} {self.currency}"
+
+    @property
+    def thing(self) -> str:
+        """The item without its article."""
+        return self.item.split(" ", 1)[1]
+
+
+def held_out_date(year: int, month: int, day: int) -> bool:
+    return (year * 372 + month * 31 + day) % 6 == 0
+
+
+def held_out_amount(amount: int) -> bool:
+    return amount % 5 == 2
+
+
+def held_out_pair(who: str, where: str) -> bool:
+    people, cities = texts()["people"], texts()["cities"]
+    return (people.index(who) + cities.index(where)) % 5 == 0
+
+
+def purchase(rng: random.Random, side: Side) -> Purchase:
+    """A purchase whose date, amount and (who, where) pair all lie on `side`."""
+    words, hidden = texts(), side == "held_out"
+    while True:
+        year, month = rng.randint(FIRST_YEAR, LAST_YEAR), rng.randint(1, 12)
+        day = rng.randint(1, calendar.monthrange(year, month)[1])
+        if held_out_date(year, month, day) == hidden:
+            break
+    while True:
+        amount = rng.randint(1, LARGEST_AMOUNT)
+        if held_out_amount(amount) == hidden:
+            break
+    while True:
+        who, where = rng.choice(words["people"]), rng.choice(words["cities"])
+        if held_out_pair(who, where) == hidden:
+            break
+    currency = rng.choice(words["currencies"])["code"]
+    return Purchase(year, month, day, who, where, rng.choice(words["items"]), amount, currency)
+
+
+def tell(rng: random.Random, pattern: str, bought: Purchase) -> str:
+    """A pattern filled in, its first letter raised."""
+    words = texts()
+    month = words["months"][bought.month - 1]
+    names = {entry["code"]: entry["name"] for entry in words["currencies"]}
+    date = rng.choice(words["dates"]).format(
+        day=bought.day, nth=_ordinal(bought.day), month=month, mon=month[:3], year=bought.year
+    )
+    price = rng.choice(words["prices"]).format(
+        amount=bought.amount, name=names[bought.currency], code=bought.currency
+    )
+    text = pattern.format(
+        date=date, price=price, who=bought.who, where=bought.where, item=bought.item,
+        thing=bought.thing, iso=bought.iso, total=bought.total,
+    )  # fmt: skip
+    return text[0].upper() + text[1:]
+
+
+def card(rng: random.Random, bought: Purchase) -> str:
+    """The purchase as JSON under any of the keys, in any order: no schema is ever settled here."""
+    keys = [(rng.choice(names), str(getattr(bought, slot))) for slot, names in texts()["keys"].items()]
+    return json.dumps(dict(rng.sample(keys, rng.randint(2, len(keys)))))
+
+
+ECHO = 0.0
+
+
+def echo(rng: random.Random) -> str:
+    """A list read out twice."""
+    words = texts()
+    entries = []
+    for _ in range(rng.randint(6, 14)):
+        kind = rng.choice(["people", "cities", "items", "number", "number"])
+        entries.append(str(rng.randint(1, 2029)) if kind == "number" else rng.choice(words[kind]))
+    line = ", ".join(entries)
+    return f"Noted: {line}.\nAgain: {line}."
+
+
+def documents(seed: int, count: int, tales: int = 2) -> Iterator[str]:
+    """`count` documents of `tales` purchases each, every one told three times, all on the open side."""
+    rng, words = random.Random(seed), texts()
+    for _ in range(count):
+        if ECHO and rng.random() < ECHO:
+            yield echo(rng)
+            continue
+        lines = []
+        for _ in range(tales):
+            bought = purchase(rng, "open")
+            told = [tell(rng, rng.choice(words["notes"]), bought), tell(rng, rng.choice(words["retold"]), bought)]
+            told.append(card(rng, bought))
+            told[1:] = rng.sample(told[1:], 2)
+            if rng.random() < 0.2:
+                told.append(tell(rng, rng.choice(words["facts"]), bought))
+            lines.append(" ".join(told))
+        yield "\n".join(lines)
+
+
+def _ordinal(day: int) -> str:
+    if day in (11, 12, 13):
+        return f"{day}th"
+    return f"{day}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th') }"
