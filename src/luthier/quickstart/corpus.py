@@ -111,10 +111,13 @@ def tell(rng: random.Random, pattern: str, bought: Purchase) -> str:
 def card(rng: random.Random, bought: Purchase) -> str:
     """The purchase as JSON under any of the keys, in any order: no schema is ever settled here."""
     keys = [(rng.choice(names), str(getattr(bought, slot))) for slot, names in texts()["keys"].items()]
-    return json.dumps(dict(rng.sample(keys, rng.randint(2, len(keys)))))
+    chosen = rng.sample(keys, rng.randint(2, len(keys)))
+    return json.dumps(dict(chosen)) if STYLE == "json" else "; ".join(f"{k}: {v}" for k, v in chosen) + "."
+
 
 
 ECHO = 0.0
+STYLE = "json"
 
 
 def echo(rng: random.Random) -> str:
