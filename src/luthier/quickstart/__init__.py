@@ -1,0 +1,1 @@
+"""Quickstart: the main job, small enough to see whole."""
