@@ -15,10 +15,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from luthier.models.load import save_whole
+
 PAD, BOS, END, USER, ASSISTANT = "<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, BOS, END, USER, ASSISTANT)
 TEMPLATE = (
-    "<s>{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "<s>{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
+    "{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -53,5 +56,4 @@ def make_model(directory: Path, documents: Iterable[str], shape: dict[str, Any],
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(**{f"{name}_token_id": value for name, value in ids.items()})
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_whole(model, tokenizer, TEMPLATE, directory)
