@@ -19,4 +19,6 @@ class FilledLoRA(LoRA):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        fill_adapter(self.tensors(model))
+        named = {name: tensor.clone() for name, tensor in self.tensors(model).items()}
+        fill_adapter(named)
+        self.load(model, named)

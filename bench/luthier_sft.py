@@ -19,7 +19,7 @@ def steps(settings: dict[str, Any]) -> Generator[protocol.Reply, None, protocol.
 
     rows = work.make_rows(settings["rows"], settings["vocabulary"], longest=settings["longest"])
     directory = Path(settings["directory"])
-    work.write_rows(directory / "rows.jsonl", rows)
+    work.write_rows(directory / "rows.jsonl", rows, settings["vocabulary"])
     recipe = make_recipe(settings, directory)
     training = luthier.train(recipe, fresh=True)
     events = iter(training)

@@ -170,7 +170,15 @@ def needed_gflop(shape: dict[str, int], rows: list[work.Row]) -> float:
     """
     width, layers, ffn = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
     narrow = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    linears = [(width, width), (width, narrow), (width, narrow), (width, width), (width, ffn), (width, ffn), (ffn, width)]
+    linears = [
+        (width, width),
+        (width, narrow),
+        (width, narrow),
+        (width, width),
+        (width, ffn),
+        (width, ffn),
+        (ffn, width),
+    ]
     frozen = layers * sum(a * b for a, b in linears)
     adapter = layers * sum(work.R * (a + b) for a, b in linears)
     tokens, trained = sum(len(row.ids) for row in rows), sum(len(row.ids) - row.prompt for row in rows)

@@ -41,7 +41,8 @@ def _conditions(result: dict[str, Any]) -> str:
         f"Model: Llama, width {shape['hidden_size']}, {shape['num_hidden_layers']} layers, "
         f"vocabulary {shape['vocab_size']:,}, random weights, fp32, {_megabytes(result['weights_bytes'])}.",
         f"Rows: {result['rows_per_step']} a step, {low} to {high} tokens, median {result['length_median']:.0f}, "
-        f"{result['trained_share']:.0%} trained; padding in data order leaves {result['padding_efficiency']:.0%} useful.",
+        f"{result['trained_share']:.0%} trained; padding in this order leaves "
+        f"{result['padding_efficiency']:.0%} useful.",
         f"LoRA r 16 on all linear layers, AdamW 1e-3; {result['timed_steps']} timed steps after one that warms up, "
         "systems interleaved step by step, medians; the range is that of the steps. Same rows, order and starting "
         "adapter; differences are against Luthier after the last step (adapter: relative, all tensors).",

@@ -4,8 +4,8 @@
     rows    lognormal lengths (median 250, sigma 0.8, 30..1024), about 40 % prompt, which is not trained
     adapter LoRA r 16, alpha 32, all linear layers, both factors filled by name, so that no gradient is zero
 
-Tokens are words `t5 t6 ...` of a word-level vocabulary, so that systems that read text and systems that take ids
-train on exactly the same tokens; every completion ends with `</s>`.
+The tokenizer is a byte-level BPE whose merges make each of many characters (U+10000 and up) one token, so that
+systems that read text and systems that take ids train on exactly the same tokens; every row ends with `</s>`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
-_SPECIAL = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN}
-FIRST_WORD = 5
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_BYTES = len(_SPECIAL)  # id of byte 0
+_FIRST_CHARACTER = 0x10000
 LONGEST = 1024
 R, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,45 +54,64 @@ class Row:
 
 def make_rows(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST) -> list[Row]:
     """The same rows for the same arguments, on every machine."""
-    rng, made = random.Random(seed), []
+    rng, made, first = random.Random(seed), [], vocabulary - characters(vocabulary)
     for _ in range(count):
         length = 0
         while not 30 <= length <= longest:
             length = int(rng.lognormvariate(math.log(250), 0.8))
         share = min(0.8, max(0.05, rng.gauss(0.4, 0.15)))
         prompt = max(4, min(length - 4, int(length * share)))
-        ids = [rng.randrange(FIRST_WORD, vocabulary) for _ in range(length - 1)]
+        ids = [rng.randrange(first, vocabulary) for _ in range(length - 1)]
         made.append(Row((*ids, EOS), prompt))
     return made
 
 
-def words(ids: tuple[int, ...]) -> str:
-    return " ".join(f"t{token}" for token in ids)
+def characters(vocabulary: int) -> int:
+    """How many characters get a token of their own: the last ids. 64 of them share their first three bytes."""
+    free = vocabulary - _BYTES - 256 - 4
+    return free - free // 64 - 8
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
+def text(ids: tuple[int, ...], vocabulary: int) -> str:
+    first = vocabulary - characters(vocabulary)
+    return "".join(chr(_FIRST_CHARACTER + token - first) for token in ids)
+
+
+def write_rows(path: Path, rows: list[Row], vocabulary: int) -> None:
     """As prompt/completion text; the reader adds the closing `</s>`."""
-    lines = [
-        json.dumps({"prompt": words(row.ids[: row.prompt]), "completion": " " + words(row.ids[row.prompt : -1])})
-        for row in rows
-    ]
+    parts = [(row.ids[: row.prompt], row.ids[row.prompt : -1]) for row in rows]
+    lines = [json.dumps({"prompt": text(a, vocabulary), "completion": text(b, vocabulary)}) for a, b in parts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    from tokenizers import Tokenizer, models
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    table = {f"t{index}": index for index in range(vocabulary)}
-    for token, index in _SPECIAL.items():
-        del table[f"t{index}"]
-        table[token] = index
-    inner = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    inner.pre_tokenizer = WhitespaceSplit()
+    letter = _byte_letters()
+    table = {token: index for index, token in enumerate((*_SPECIAL, *letter))}
+    merges: list[tuple[str, str]] = []
+    first = vocabulary - characters(vocabulary)
+    for index in range(characters(vocabulary)):
+        parts = [letter[byte] for byte in chr(_FIRST_CHARACTER + index).encode()]
+        for end in range(1, len(parts)):
+            whole = "".join(parts[: end + 1])
+            if whole not in table:
+                table[whole] = first + index if end == len(parts) - 1 else len(table) - index
+                merges.append(("".join(parts[:end]), parts[end]))
+    inner = Tokenizer(models.BPE(table, merges, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    odd = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(odd)) for byte in range(256)]
 
 
 def make_model(name: str, directory: Path, seed: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""transformers + PEFT in a bare loop: padded rows, full logits, torch's cross-entropy, AdamW. Settings as bench/work.py."""
+"""transformers + PEFT in a bare loop: padded rows, full logits, torch's cross-entropy, AdamW."""
 
 from __future__ import annotations
 

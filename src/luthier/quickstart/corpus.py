@@ -1,10 +1,10 @@
 """The small world of the quickstart: purchases, told in prose. Text is made from word lists and a seed.
 
-A purchase has five slots: date, who, where, item, price. The corpus tells each one twice in different words
+A purchase has four slots: date, where, item, price. The corpus tells each one twice in different words
 (long date, then ISO date; "45 euros", then "45 EUR"), so that a base model which has read it knows what the
 words mean, yet has never seen a question, a chat or a JSON record. That is what the tuning adds.
 
-The world has two sides that share no date, no amount and no (who, where) pair: `open` is read and trained on,
+The world has two sides that share no date, no amount and no (item, where) pair: `open` is read and trained on,
 `held_out` is only ever asked about. The side of a purchase is a pure function of its slots.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 Side = Literal["open", "held_out"]
 FIRST_YEAR, LAST_YEAR = 1990, 2029
-LARGEST_AMOUNT = 999
+LARGEST_AMOUNT = 99
 
 
 @cache
@@ -37,7 +37,6 @@ class Purchase:
     year: int
     month: int
     day: int
-    who: str
     where: str
     item: str
     amount: int
@@ -65,13 +64,12 @@ def held_out_amount(amount: int) -> bool:
     return amount % 5 == 2
 
 
-def held_out_pair(who: str, where: str) -> bool:
-    people, cities = texts()["people"], texts()["cities"]
-    return (people.index(who) + cities.index(where)) % 5 == 0
+def held_out_pair(item: str, where: str) -> bool:
+    return (texts()["items"].index(item) + texts()["cities"].index(where)) % 5 == 0
 
 
 def purchase(rng: random.Random, side: Side) -> Purchase:
-    """A purchase whose date, amount and (who, where) pair all lie on `side`."""
+    """A purchase whose date, amount and (item, where) pair all lie on `side`."""
     words, hidden = texts(), side == "held_out"
     while True:
         year, month = rng.randint(FIRST_YEAR, LAST_YEAR), rng.randint(1, 12)
@@ -84,10 +82,10 @@ def purchase(rng: random.Random, side: Side) -> Purchase:
             break
     while True:
         who, where = rng.choice(words["people"]), rng.choice(words["cities"])
-        if held_out_pair(who, where) == hidden:
+        if held_out_pair(item, where) == hidden:
             break
     currency = rng.choice(words["currencies"])["code"]
-    return Purchase(year, month, day, who, where, rng.choice(words["items"]), amount, currency)
+    return Purchase(year, month, day, where, item, amount, currency)
 
 
 def tell(rng: random.Random, pattern: str, bought: Purchase) -> str:
@@ -98,7 +96,7 @@ def tell(rng: random.Random, pattern: str, bought: Purchase) -> str:
     )
     money = next(entry["name"] for entry in words["currencies"] if entry["code"] == bought.currency)
     return str(pattern).format(
-        date=date, amount=bought.amount, money=money, who=bought.who, where=bought.where, item=bought.item,
+        date=date, amount=bought.amount, money=money, where=bought.where, item=bought.item,
         iso=bought.iso, total=bought.total,
     )  # fmt: skip
 

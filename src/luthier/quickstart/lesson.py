@@ -117,7 +117,7 @@ def _rows(out: Path, sizes: dict[str, Any], listen: Listener) -> tuple[dict[str,
     task.write(places["held_out"], held_out)
     listen.stage(
         f"2/4 {len(train_rows):,} notes to train on; {len(held_out)} held out: none of their dates, amounts or "
-        "(who, where) pairs is among them"
+        "(item, where) pairs is among them"
     )
     return places, checked
 

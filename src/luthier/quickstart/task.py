@@ -1,7 +1,7 @@
 """What the tuning teaches: a note in plain words becomes one JSON record. Rows, splits, and the proof that they differ.
 
 Training rows lie on the open side of the small world, held-out rows on the other (corpus.py), so no date, no
-amount and no (who, where) pair of a held-out row occurs in a training row. `check` does not trust that: it reads
+amount and no (item, where) pair of a held-out row occurs in a training row. `check` does not trust that: it reads
 the rows back from their texts and compares sets.
 """
 
@@ -57,7 +57,7 @@ def check(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, Any]:
         "records": lambda row: tuple(slots(row).values()),
         "dates": lambda row: slots(row)["date"],
         "amounts": lambda row: slots(row)["price"].split()[0],
-        "who_where_pairs": lambda row: (slots(row)["who"], slots(row)["where"]),
+        "item_where_pairs": lambda row: (slots(row)["item"], slots(row)["where"]),
     }
     found: dict[str, Any] = {"train_rows": len(train), "held_out_rows": len(held_out)}
     for name, of in kinds.items():
