@@ -81,7 +81,7 @@ def purchase(rng: random.Random, side: Side) -> Purchase:
         if held_out_amount(amount) == hidden:
             break
     while True:
-        who, where = rng.choice(words["people"]), rng.choice(words["cities"])
+        item, where = rng.choice(words["items"]), rng.choice(words["cities"])
         if held_out_pair(item, where) == hidden:
             break
     currency = rng.choice(words["currencies"])["code"]
