@@ -1,1 +1,4 @@
-"""Rivals side by side with Luthier on the same work; results are committed under bench/results."""
+"""Rivals side by side with Luthier on the same work.
+
+`python -m bench.sft` (or `make bench`) measures; results are committed under bench/results with their conditions.
+"""

@@ -68,7 +68,7 @@ class Paused:
     def _work(self, run: Callable[[Paused], Reply]) -> None:
         try:
             self._said.put(run(self))
-        except BaseException as error:  # handed to the driver's side, which raises it
+        except BaseException as error:  # noqa: BLE001 - handed to the driver's side, which raises it
             self._said.put(error)
 
     def wait(self) -> None:

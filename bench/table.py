@@ -1,4 +1,8 @@
-"""The bench's result as a page: a table, and beneath it the conditions under which it holds."""
+"""The bench's result as a page: a table, and beneath it the conditions under which it holds.
+
+Numbers come from `bench.sft.summarise`; nothing is computed here but units. A ratio is the median of per-step
+ratios, its range beside it.
+"""
 
 from __future__ import annotations
 

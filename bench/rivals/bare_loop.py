@@ -1,4 +1,8 @@
-"""transformers + PEFT in a bare loop: padded rows, full logits, torch's cross-entropy, AdamW."""
+"""transformers + PEFT in a bare loop: padded rows, full logits, torch's cross-entropy, AdamW, clipping.
+
+What a careful person writes without a trainer: nothing of TRL's cost, nothing of packing. Settings: bench/work.py.
+Leaves out gradient accumulation: the whole step is one padded batch.
+"""
 
 from __future__ import annotations
 

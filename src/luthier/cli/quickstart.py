@@ -1,4 +1,8 @@
-"""`luthier quickstart [--out DIR] [--json]`: the main job on a model that is trained here, in a few minutes."""
+"""`luthier quickstart [--out DIR] [--json]`: the main job on a model that is trained here, in a few minutes.
+
+Stage lines and progress go to stderr, the closing page (or the one JSON object) to stdout. Torch is imported only
+when the work starts. What happens is told in quickstart/lesson.py.
+"""
 
 from __future__ import annotations
 

@@ -57,11 +57,11 @@ class Purchase:
 
 
 def held_out_date(year: int, month: int, day: int) -> bool:
-    return (year * 372 + month * 31 + day) % 6 == 0
+    return (year + month + day) % 6 == 0
 
 
 def held_out_amount(amount: int) -> bool:
-    return amount % 5 == 2
+    return amount % 11 == 4  # every digit occurs on both sides, in both places
 
 
 def held_out_pair(item: str, where: str) -> bool:

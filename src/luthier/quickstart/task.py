@@ -21,7 +21,8 @@ Row = dict[str, Any]
 
 def rows(seed: int, count: int, side: Side) -> list[Row]:
     """`count` rows of chat messages with different notes: a note from the user, its record from the assistant."""
-    rng, words, made = random.Random(f"{side} {seed}"), texts(), {}
+    rng, words = random.Random(f"{side} {seed}"), texts()
+    made: dict[str, Row] = {}
     while len(made) < count:
         bought = purchase(rng, side)
         note = tell(rng, rng.choice(words["notes"]), bought)
