@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,3 +34,11 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a GPU are no part of a CPU's suite."""
+    if any(item.get_closest_marker("cuda") for item in items) and not torch.cuda.is_available():
+        away = [item for item in items if item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if item not in away]

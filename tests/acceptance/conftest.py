@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny, tiny_tokenizer
 
 from luthier.cli.main import main
 from luthier.models.load import save_whole
+from tiny import tiny, tiny_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+EMPTY = {"role": "assistant", "content": ""}
 
 
 def _refused(said: Any, code: int, *patterns: str) -> None:
@@ -50,7 +51,7 @@ def test_missing_files(luthier: Callable[..., Any], recipe: Path, rows: Path) ->
     [
         ('{"messages": [', ("rows.jsonl:3",)),
         (json.dumps({"messages": [{"role": "usr", "content": "a"}, CHAT["messages"][1]]}), ("rows.jsonl:3", "usr")),
-        (json.dumps({"messages": [CHAT["messages"][0], {"role": "assistant", "content": ""}]}), ("rows.jsonl:3", "empty")),
+        (json.dumps({"messages": [CHAT["messages"][0], EMPTY]}), ("rows.jsonl:3", "empty")),
         (json.dumps({"messages": [CHAT["messages"][0]]}), ("rows.jsonl:3",)),
         (json.dumps({"messages": [{"role": "user", "content": 7}, CHAT["messages"][1]]}), ("rows.jsonl:3",)),
         ('{"messages": [], "messages": []}', ("rows.jsonl:3", "messages")),

@@ -116,7 +116,7 @@ def test_a_real_model_adapter_to_merged_directory_and_back(shared_data, tmp_path
         tmp_path / "a",
         fresh.model,
         tmp_path / "merged",
-        save=lambda model, out: save_whole(model, fresh.tokenizer, fresh.chat_template, out),
+        save=lambda model, out: save_whole(model, fresh.tokenizer, fresh.tokenizer.chat_template, out),
         probe=tokens.tolist(),
         base_fingerprint=fresh.fingerprint,
     )
@@ -124,7 +124,7 @@ def test_a_real_model_adapter_to_merged_directory_and_back(shared_data, tmp_path
     assert report.greedy_agreement == 1.0
     again = load_model(ModelSection(path=str(tmp_path / "merged")), dtype=torch.float32)
     torch.testing.assert_close(logits(again.model, tokens), tuned, atol=1e-4, rtol=1e-4)
-    assert again.chat_template == fresh.chat_template
+    assert again.tokenizer.chat_template == fresh.tokenizer.chat_template
     assert json.loads((tmp_path / "merged/config.json").read_text("utf-8"))["architectures"] == ["LlamaForCausalLM"]
     bare = load()
     load_adapter(tmp_path / "a", bare.model, base_fingerprint=bare.fingerprint)

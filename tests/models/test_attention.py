@@ -190,7 +190,7 @@ def test_without_a_gpu_the_kernel_is_refused_with_the_reason() -> None:
     assert choose_kernel(torch.device("cpu"), torch.float32) == ("sdpa", "no variable-length kernel on cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("window", [None, 5, 16])
 def test_varlen_equals_the_dense_twin_forward_and_backward(window: int | None) -> None:
     forest = probe_batch(290).forest
