@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -53,7 +54,8 @@ class Assembled:
     notes: list[str]
 
 
-def assemble(recipe: Recipe) -> Assembled:
+def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
+    """`now`: what templates print as the date; a resumed run passes the one it began with."""
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     _refuse_loggers(recipe)
     device = resolve_device(recipe.engine.device)
@@ -62,7 +64,7 @@ def assemble(recipe: Recipe) -> Assembled:
         torch.set_num_threads(int(recipe.engine.threads))
     text = load_text(recipe.model)
     notes: list[str] = []
-    encoder = encoder_of(recipe, text, notes)
+    encoder = encoder_of(recipe, text, notes, now)
     prepared = prepare(data_section(recipe), encoder, seed=recipe.train.seed)
     dtype = torch.float32 if method.trains_base else precision.frozen
     loaded = load_model(recipe.model, dtype=dtype, device=device)
@@ -80,13 +82,13 @@ def assemble(recipe: Recipe) -> Assembled:
     )  # fmt: skip
 
 
-def encoder_of(recipe: Recipe, text: TextSide, notes: list[str]) -> Encoder:
+def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime | None = None) -> Encoder:
     section = data_section(recipe)
     most = text.max_positions
     if most and section.max_tokens > most:
         notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
         section = section.model_copy(update={"max_tokens": most})
-    template = open_template(None, text.tokenizer, recipe.model.chat_template)
+    template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
     return Encoder(text.tokenizer, template, section, text.stop_ids)
 
 
@@ -142,19 +144,21 @@ def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> 
 
 
 def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
-    recipe, named = work.recipe, resume not in (None, "auto", "strict")
+    recipe, named, template = work.recipe, resume not in (None, "auto", "strict"), work.encoder.template
     identity = {
         **fingerprint.identity(recipe, named_checkpoint=named), "base.fingerprint": work.loaded.fingerprint,
         "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
-        "template": fingerprint.digest(work.encoder.template.texts if work.encoder.template else None),
+        "template": fingerprint.digest(template.texts if template else None),
     }  # fmt: skip
+    if template and any("strftime_now" in text for text in template.texts):
+        identity["template.date"] = template.now.isoformat()
     held_out = work.prepared.evaluation
     evaluation = list(Stream(held_out, stream_spec(recipe, work.device, held_out)).batches()) if held_out else []
     return Run(
         directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
         device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
         evaluate=recipe.evaluate, evaluation=evaluation, identity=identity,
-        benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume,
+        benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
     )  # fmt: skip
 
 

@@ -29,23 +29,25 @@ from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, assemble, data_section, encoder_of, engine_run, gate_of
 from luthier.contracts.errors import DataError, UsageError
-from luthier.contracts.event import Event, Noted, StepDone
+from luthier.contracts.event import Event, StepDone
 from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare
 from luthier.data.stream import Stream, StreamSpec
-from luthier.engine.durable import replace_text
+from luthier.engine.durable import replace_text, unwritable
+from luthier.engine.fault import fault
 from luthier.engine.gate import GateFailure, run_gate
 from luthier.engine.journal import summary
 from luthier.engine.lock import hold
 from luthier.engine.loop import train as train_steps
 from luthier.engine.plot import draw_loss
-from luthier.engine.resume import enter
+from luthier.engine.resume import enter, template_date
 from luthier.engine.task import Outcome
 from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
 from luthier.models.load import load_text, save_tokenizer, save_whole
 from luthier.models.probe import open_trunk
+from luthier.models.replace import sweep_beside
 from luthier.opened import Opened, open_target
 from luthier.recipe.document import dump
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
@@ -93,12 +95,17 @@ def train(recipe: Recipe, *, resume: str | None = None, fresh: bool = False) -> 
 
 def _logged(events: Iterator[Event], log: Path) -> Iterator[Event]:
     """What was said goes to the run's log too: every event but the steps, which the journal has."""
-    for event in events:
-        if not isinstance(event, StepDone):
-            said = ", ".join(f"{name} {value}" for name, value in event.record().items() if name != "event")
-            with log.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event.event}: {said}\n")
-        yield event
+    try:
+        for event in events:
+            if not isinstance(event, StepDone):
+                said = ", ".join(f"{name} {value}" for name, value in event.record().items() if name != "event")
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event.event}: {said}\n")
+            yield event
+    except OSError as error:
+        if told := unwritable(error, log.parent):
+            raise told from error
+        raise
 
 
 def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Event]:
@@ -108,9 +115,7 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
     try:
         with hold(directory):
             enter(directory, resume=resume, fresh=fresh)
-            work = assemble(recipe)
-            for note in work.notes:
-                yield Noted("warning", note)
+            work = assemble(recipe, template_date(directory, resume))
             run = engine_run(work, directory, resume)
             run.on_agreed = partial(_begin, work, directory)
             with ExitStack() as stack:
@@ -154,12 +159,13 @@ def _write_beginning(work: Assembled, directory: Path) -> None:
 
 
 def _environment(work: Assembled) -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    packages, template = ("torch", "transformers", "tokenizers", "safetensors", "numpy"), work.encoder.template
     return {
         "luthier": luthier.__version__, "python": platform.python_version(), "platform": platform.platform(),
         **{name: version(name) for name in packages}, "device": str(work.device), "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(), "precision": work.precision.name, "path": work.trunk.path,
-        "path_reason": work.trunk.reason, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "path_reason": work.trunk.reason, "template_date": template.now.isoformat() if template else None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
 
@@ -167,16 +173,17 @@ def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, 
     """Result, picture, report and card; done again as a whole when a killed run is resumed here."""
     loaded, recipe = work.loaded, work.recipe
     template = work.encoder.template.text if work.encoder.template else None
+    result = directory / ("model" if work.method.trains_base else "adapter")
+    sweep_beside(result)
     if work.method.trains_base:
-        result = directory / "model"
         save_whole(loaded.model, loaded.tokenizer, template, result)
     else:
-        result = directory / "adapter"
         save_adapter(
             result, work.method, loaded.model, base_path=recipe.model.path, base_fingerprint=loaded.fingerprint,
             added_tokens=loaded.added,
         )  # fmt: skip
         save_tokenizer(loaded.tokenizer, template, result)
+    fault("result.written")
     draw_loss(directory / "journal.jsonl", directory / "loss.png", title=directory.name)
     told = summary(directory / "journal.jsonl")
     report = {

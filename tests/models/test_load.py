@@ -234,3 +234,14 @@ def test_real_checkpoints_load(shared_data) -> None:
     assert loaded.generation_stop_ids == (513,)
     with pytest.raises(ModelError, match="model2vec"):
         load(shared_data("models/potion-base-4m-int8"))
+
+
+def test_a_model_is_replaced_as_a_whole(saved: Path, tmp_path: Path) -> None:
+    """A save that fails half-way leaves the old directory, byte for byte, and nothing beside it."""
+    loaded = load(saved)
+    path = save_whole(loaded.model, loaded.tokenizer, None, tmp_path / "m")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(AttributeError):
+        save_whole(loaded.model, None, "other", path)  # type: ignore[arg-type]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from luthier.artifact.adapter_config import check_config, read_json
-from luthier.artifact.tensor_file import read_tensors, replace_directory
+from luthier.artifact.tensor_file import read_tensors
 from luthier.contracts.errors import LuthierError, ModelError, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names, token_rows
+from luthier.models.replace import replace_directory
 from luthier.models.sites import detach, locate
 from luthier.recipe import resolve
 

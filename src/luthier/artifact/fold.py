@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.artifact.adapter import load_adapter
-from luthier.artifact.tensor_file import replace_directory
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
+from luthier.models.replace import replace_directory
 from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
 

@@ -2,17 +2,12 @@
 
 Header at most 8 MiB and 20,000 tensors; every dtype, shape and offset adds up: the tensors tile the data exactly,
 no overlap, no gap, no product that overflows. Then values: finite or refused with the tensor's name. Pickles
-(`.bin`, `.pt`) are never read. `replace_directory` writes beside, syncs, and renames: a reader sees old or new.
+(`.bin`, `.pt`) are never read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,34 +81,3 @@ def _add_up(header: dict[str, Any], data: int, path: Path) -> dict[str, tuple[in
     if row != data:
         raise ModelError(f"the file has {data} bytes of data and its header {row}", where=str(path))
     return shapes
-
-
-@contextlib.contextmanager
-def replace_directory(directory: Path) -> Iterator[Path]:
-    """Yields an empty directory beside; on success it takes the name, synced; on failure nothing has changed."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        for path in [*fresh.rglob("*"), fresh]:
-            _sync(path)
-        if directory.exists():
-            old = fresh.with_name(fresh.name + ".old")
-            os.rename(directory, old)
-            os.rename(fresh, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(fresh, directory)
-        _sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
@@ -168,9 +168,18 @@ _PROBES = (
 
 
 def open_template(
-    chat_template: str | Mapping[str, str] | None, tokenizer: Any, override: str | None = None
-) -> Template | None:
-    """The template of a run: `override` (a file or the text itself), else the tokenizer's; None where there is none."""
+    chat_template: str | Mapping[str, str] | None, tokenizer: Any, override: str | None = None, *,
+    now: datetime | None = None,
+) -> Template | None:  # fmt: skip
+    """The template of a run: `override` (a file or the text itself), else the tokenizer's; None where there is none.
+
+    `now` is what `strftime_now` prints, for a run that goes on another day.
+    """
+    found = _open(chat_template, tokenizer, override)
+    return found if found is None or now is None else replace(found, now=now)
+
+
+def _open(chat_template: str | Mapping[str, str] | None, tokenizer: Any, override: str | None) -> Template | None:
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     if override is not None:
         if "{" in override or "\n" in override:

@@ -7,6 +7,7 @@ a full disk is the ordinary OSError of a `write`. Reading is left to the safeten
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.contracts.errors import LuthierError, ResourceError, UsageError
 from luthier.engine.fault import fault
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -63,6 +67,22 @@ def replace_text(path: Path, text: str) -> None:
     _write(fresh, lambda put: put(text.encode()))
     os.replace(fresh, path)
     sync_directory(path.parent)
+
+
+def unwritable(error: OSError, directory: Path) -> LuthierError | None:
+    """The one line for a run directory that cannot be written: full (exit 5) or not ours to write (2); else None."""
+    where = Path(error.filename) if isinstance(error.filename, str) else directory
+    if error.errno in DISK_FULL:
+        return ResourceError(
+            "the disk is full", where=str(where), value=error.strerror,
+            remedy="free space, then go on with --resume auto",
+        )  # fmt: skip
+    if error.errno in _REFUSED and (where == directory or where in directory.parents or directory in where.parents):
+        return UsageError(
+            "the run directory cannot be written", where=str(where), value=error.strerror,
+            remedy="choose another output_dir",
+        )  # fmt: skip
+    return None
 
 
 def sync_directory(directory: Path) -> None:

@@ -11,8 +11,10 @@ ones are noted. With a path, learning rate, schedule and length may change too: 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,26 @@ def move_aside(directory: Path) -> Path:
         if path.name in _RUN_FILES or path.name.startswith("checkpoint-"):
             path.rename(aside / path.name)
     return aside
+
+
+def template_date(directory: Path, resume: str | None) -> datetime | None:
+    """The date that templates print in the run that is resumed (`env.json`), so that its rows stay what they were."""
+    if not resume:
+        return None
+    folders = [directory] if resume in ("auto", "strict") else [directory, Path(resume).parent]
+    for file in (folder / "env.json" for folder in folders):
+        try:
+            told = json.loads(file.read_bytes()).get("template_date")
+            if told:
+                return datetime.fromisoformat(told)
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                "the run's env.json cannot be read", where=str(file), value=str(error),
+                remedy=f"restore it, or {_FRESH}",
+            ) from error  # fmt: skip
+    return None
 
 
 def find(directory: Path, resume: str | None) -> Start:

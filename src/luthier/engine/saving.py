@@ -7,7 +7,6 @@ failure in a row ends it. Weights that stopped being finite are never saved.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Saved
 from luthier.engine import checkpoint
+from luthier.engine.durable import DISK_FULL
 from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import TrainState, load_random_state, load_trained, random_state, trained_tensors
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from luthier.engine.work import Work
 
 _MOST_FAILURES = 3
-_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def content_of(work: Work) -> checkpoint.Content:
@@ -67,7 +66,7 @@ def save(work: Work, *, must: bool = False) -> Iterator[Event]:
     except OSError as error:
         work.save_failures += 1
         if must or step >= work.steps or work.save_failures >= _MOST_FAILURES:
-            kind = ResourceError if error.errno in _DISK else CheckpointError
+            kind = ResourceError if error.errno in DISK_FULL else CheckpointError
             raise kind(
                 f"the checkpoint of step {step} cannot be written", where=error.filename or str(work.run.directory),
                 value=error.strerror, remedy="earlier checkpoints are intact; free space, then --resume auto",

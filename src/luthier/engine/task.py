@@ -59,6 +59,7 @@ class Run:
     evaluation: Sequence[Batch] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)
     benign: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()  # what a person must be told before the first step
     resume: str | None = None  # None | auto | strict | a checkpoint's path
     guard: Guard = field(default_factory=Guard)
     on_agreed: Callable[[], None] = lambda: None  # called once the run may go on, before its first event

@@ -61,7 +61,7 @@ class Work:
         """Take up the checkpoint, if there is one, and say where the run stands."""
         run = self.run
         start = find(run.directory, run.resume)
-        notes = start.notes + agree(start, self.identity(), run.benign, branch=self._is_branch())
+        notes = [*run.notes, *start.notes, *agree(start, self.identity(), run.benign, branch=self._is_branch())]
         if start.content is not None:
             saving.take_up(self, start.content)
         else:

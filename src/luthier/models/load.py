@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import ModelError
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
+from luthier.models.replace import replace_directory
 from luthier.models.switch import native_attention
 
 if TYPE_CHECKING:
@@ -195,12 +196,12 @@ def _grow(model: PreTrainedModel, used: int, needed: int) -> None:
 def save_whole(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, template: str | None, directory: Path | str
 ) -> Path:
-    """A directory in Hugging Face layout that `load_model` (and everybody else) reads back."""
+    """A directory in Hugging Face layout that `load_model` (and everybody else) reads back; replaced as a whole."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with native_attention(model), _quiet():
-        model.save_pretrained(directory)
-    save_tokenizer(tokenizer, template, directory)
+    with replace_directory(directory) as fresh:
+        with native_attention(model), _quiet():
+            model.save_pretrained(fresh)
+        save_tokenizer(tokenizer, template, fresh)
     return directory
 
 
