@@ -24,7 +24,7 @@ from luthier.quickstart import cached, task
 from luthier.run import evaluate, train
 
 JSON_KEYS = ("base_score", "tuned_score", "run_dir", "adapter_dir", "seconds")
-ROWS, RUN = "rows", "run"
+ROWS, RUN, BASE = "rows", "run", "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def quickstart(out: Path, listen: Listener, sizes: dict[str, Any] | None = None)
     """Do it all under `out`. A second call trains anew from the cached base; the run before is replaced."""
     begin, sizes = time.monotonic(), sizes or cached.settings()
     _claim(out)
-    base = _base(sizes, listen)
+    base = _base(sizes, out / BASE, listen)
     made, checked = _rows(out, sizes, listen)
     run, losses = _tune(out, base, made["train"], listen)
     (run / "data").mkdir(exist_ok=True)
@@ -99,13 +99,18 @@ def _claim(out: Path) -> None:
     shutil.rmtree(out / RUN, ignore_errors=True)
 
 
-def _base(sizes: dict[str, Any], listen: Listener) -> Path:
+def _base(sizes: dict[str, Any], here: Path, listen: Listener) -> Path:
+    """A copy of the base of its own, so that the run stays usable when the cache is cleared."""
     place = cached.folder(sizes)
     if (place / "model" / "config.json").is_file():
         listen.stage(f"1/4 the base model comes from the cache ({place})")
-        return place / "model"
-    listen.stage("1/4 training a base model of 0.7 M parameters from text, once: one to two minutes; cached afterwards")
-    return cached.trained_base(sizes, listen.event)
+        made = place / "model"
+    else:
+        listen.stage("1/4 training a base model of 0.7 M parameters from text: about two minutes, once; then cached")
+        made = cached.trained_base(sizes, listen.event)
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(made, here)
+    return here
 
 
 def _rows(out: Path, sizes: dict[str, Any], listen: Listener) -> tuple[dict[str, Path], dict[str, Any]]:
