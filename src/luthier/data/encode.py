@@ -118,11 +118,15 @@ class Encoder:
         return self.masker.mask(chat)
 
     def prompt_ids(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[int]:
-        """What inference feeds before an answer to `messages`: the same template, tokenizer and neutralising."""
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, *,
+        generation: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """What inference feeds before an answer to `messages`: the same template, tokenizer and neutralising.
+
+        `generation=False` leaves out what the template adds to ask for the answer.
+        """
         chat = Chat(list(messages), Source("prompt", 1), tools)
-        form, found = self.masker.trace(chat, prompt=True)
+        form, found = self.masker.trace(chat, prompt=generation)
         encoded, _ = self.masker.encode(found.text, found, form)
         return encoded.ids_T.tolist()
 

@@ -6,7 +6,8 @@
     packed = alone      log-probabilities of packed rows equal those of each row alone
     accumulation        loss and gradient norm do not change with the split into microbatches
     finite loss         the first loss is a finite number
-    prompt              what inference feeds is the beginning of what was trained
+    prompt              what inference feeds is the beginning of what was trained; a tag that only inference adds
+                        after the role header (reasoning templates) is a warning
     rows lost           the share of rows that a policy dropped
 
 Each check is pass, warn or fail, with evidence (numbers, rows as file:line) and a remedy; a failure raises
@@ -51,6 +52,7 @@ class Prompt:
     source: str
     inference: Sequence[int]
     trained: Sequence[int]
+    beyond: str | None = None  # what inference adds after the role header that the row has not, where that is all
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -68,6 +70,7 @@ class GateSpec:
     roles: Mapping[str, int] = field(default_factory=dict)
     rows_read: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # how rows run, and how that was shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def run_gate(spec: GateSpec) -> dict[str, Any]:
     with _undisturbed(spec):
         checks += _numeric(spec)
     failed = [check for check in checks if check.status == "fail"]
-    evidence = {"passed": not failed, "checks": [asdict(check) for check in checks]}
+    evidence = {"passed": not failed, "rows_run": dict(spec.facts), "checks": [asdict(check) for check in checks]}
     if failed:
         errors = [GateError(_said(c), where=_where(c), value=_value(c), remedy=c.remedy) for c in failed]
         raise GateFailure(errors, evidence)
@@ -152,15 +155,22 @@ def _one_bos(spec: GateSpec) -> Check:
 def _prompts(spec: GateSpec) -> Check:
     if not spec.prompts:
         return Check("training prompt = inference prompt", "skip", {"reason": "no prompts were given"})
-    wrong = []
+    name, wrong, beyond = "training prompt = inference prompt", [], []
     for prompt in spec.prompts:
-        fed, trained = list(prompt.inference), list(prompt.trained)
-        if trained[: len(fed)] != fed:
-            at = next((i for i, (a, b) in enumerate(zip(fed, trained, strict=False)) if a != b), len(trained))
+        at = differs_at(prompt.inference, prompt.trained)
+        if at is not None and prompt.beyond is not None:
+            beyond.append(f"{prompt.source} (the prompt goes on with {prompt.beyond!r}, the row does not)")
+        elif at is not None:
             wrong.append(f"{prompt.source} (differs at token {at})")
-    evidence = {"compared": len(spec.prompts), "different": len(wrong), "examples": wrong[:_EXAMPLES]}
-    remedy = "the template renders a conversation and its prompt differently; train and serve with one template"
-    return Check("training prompt = inference prompt", "fail" if wrong else "pass", evidence, remedy if wrong else "")
+    evidence = {
+        "compared": len(spec.prompts), "different": len(wrong), "beyond_the_row": len(beyond),
+        "examples": (wrong or beyond)[:_EXAMPLES],
+    }  # fmt: skip
+    if wrong:
+        remedy = "the template renders a conversation and its prompt differently; train and serve with one template"
+        return Check(name, "fail", evidence, remedy)
+    remedy = "give the rows what the prompt begins (reasoning), or train and serve with a template without it"
+    return Check(name, "warn" if beyond else "pass", evidence, remedy if beyond else "")
 
 
 def _lost(spec: GateSpec) -> Check:
@@ -262,6 +272,14 @@ def _undisturbed(spec: GateSpec) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------- small things
+
+
+def differs_at(inference: Sequence[int], trained: Sequence[int]) -> int | None:
+    """The first token of the inference prompt that the row does not have there; None where it begins the row."""
+    for at, token in enumerate(inference):
+        if at >= len(trained) or trained[at] != token:
+            return at
+    return None
 
 
 def _last_trained(sample: Sample, leaf: int) -> int | None:
