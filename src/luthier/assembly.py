@@ -29,6 +29,7 @@ from luthier.engine.seeds import seed_of
 from luthier.engine.task import Run
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
+from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.recipe import fingerprint, resolve
@@ -37,6 +38,7 @@ from luthier.recipe.recipe import DataSection, Recipe
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _FEW_STEPS = 10
 _PROMPTS = 32
+_UNREACHED = 0.05
 
 
 @dataclass
@@ -71,6 +73,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     dtype = torch.float32 if method.trains_base else precision.frozen
     loaded = load_model(recipe.model, dtype=dtype, device=device)
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    notes += _reach(method, shapes_of(loaded.model))
     torch.manual_seed(seed_of("init", recipe.train.seed))
     method.attach(loaded.model)
     if loaded.added and not method.trains_base:
@@ -143,6 +146,14 @@ def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> 
             f"train.tokens_per_step {steps.spec.tokens_per_step}; lower it, or raise train.epochs"
         )
     return notes
+
+
+def _reach(method: Method, shapes: Shapes) -> list[str]:
+    """A method on linears does not reach experts that a family keeps as one parameter: say how much that is."""
+    share, names = shapes.beyond_linears()
+    if method.trains_base or not hasattr(method, "target_modules") or share <= _UNREACHED:
+        return []
+    return [f"{share:.0%} of the layers' matrix parameters are in no linear and stay as they are: {', '.join(names)}"]
 
 
 def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from luthier.models.load import save_whole
+from tiny import tiny, tiny_tokenizer
+
 TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 # as DeepSeek-R1: rows never show the tag that the prompt opens; as Nemotron: rows show it empty
@@ -54,3 +57,13 @@ def test_roles_and_how_rows_run(luthier: Callable[..., Any], recipe: Path, tmp_p
     assert roles.keys() == {"assistant", "user"} and min(roles.values()) > 0
     told = json.loads((tmp_path / "run" / "gate.json").read_text())["rows_run"]
     assert told["path"] == "forest" and told["kernel"] == "sdpa" and told["evidence"]["forest_logits"] < 1e-5
+
+
+def test_experts_that_no_site_reaches_are_told(luthier: Callable[..., Any], recipe: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    experts = save_whole(tiny("qwen3_moe"), tokenizer, str(tokenizer.chat_template), tmp_path / "experts")
+    said = luthier("train", recipe, f"model={experts}", "--dry-run", "--json")
+    assert said.code == 0, said.err
+    assert any("in no linear" in note and "experts" in note for note in said.json["notes"])
+    said = luthier("train", recipe, "--dry-run", "--json")
+    assert not any("in no linear" in note for note in said.json["notes"])

@@ -35,6 +35,14 @@ def test_experts_in_one_parameter_are_counted_as_uncovered() -> None:
     assert experts > 0
     assert sum(count for name, count in shapes.uncovered if "experts" in name) == experts
     assert shapes.uncovered_share > 0.3
+    share, names = shapes.beyond_linears()
+    assert share > shapes.uncovered_share  # embedding and head do not count
+    assert "mlp.experts.down_proj" in names and not any(name[0].isdigit() for name in names)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nothing_of_a_dense_layer_is_beyond_its_linears(name: str) -> None:
+    assert shapes_of(tiny(name)).beyond_linears() == (0.0, [])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mamba", "lfm2", "deepseek_v3", "gpt_oss"])

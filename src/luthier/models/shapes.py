@@ -42,6 +42,13 @@ class Shapes:
         """Share of all parameters that a site on every linear would not reach."""
         return sum(count for _, count in self.uncovered) / max(1, self.parameters)
 
+    def beyond_linears(self) -> tuple[float, list[str]]:
+        """(share of the layers' matrices that are no linear's, what these are called): experts in one parameter."""
+        inside = [(name, count) for name, count in self.uncovered if name.startswith(f"{self.layers_pattern}.")]
+        beyond, linear = sum(count for _, count in inside), sum(x.in_features * x.out_features for x in self.linears)
+        names = {re.sub(r"^\d+\.", "", name.removeprefix(f"{self.layers_pattern}.")) for name, _ in inside}
+        return beyond / max(1, beyond + linear), sorted(names)
+
 
 def shapes_of(model: nn.Module) -> Shapes:
     """Look at every module once."""
