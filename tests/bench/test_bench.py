@@ -56,6 +56,7 @@ def _result(out: Path, systems: list[str]) -> dict[str, object]:
     return dict(json.loads((out / "sft.json").read_text()))
 
 
+@pytest.mark.nightly
 def test_luthier_and_the_bare_loop_do_the_same(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     result = _result(tmp_path, ["luthier", "bare"])

@@ -1,6 +1,6 @@
 """One unpadded batch: loss and adapter gradients of Luthier's packed trunk against the same rows through PEFT.
 
-The PEFT side is transformers' own attention and cross-entropy (and, nightly, the loss that TRL's trainer computes).
+The PEFT side is transformers' own attention and cross-entropy (and the loss that TRL's trainer computes).
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def test_loss_and_gradients_are_those_of_peft(model: Path, rows: list[work.Row],
     _compare(_ours(model, rows, tmp_path), loss.item(), theirs)
 
 
-@pytest.mark.nightly
 def test_loss_and_gradients_are_those_of_trl(model: Path, rows: list[work.Row], tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
