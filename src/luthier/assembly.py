@@ -75,6 +75,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
     notes += _reach(method, shapes_of(loaded.model))
     torch.manual_seed(seed_of("init", recipe.train.seed))
+    method.check(loaded.model)
     method.attach(loaded.model)
     if loaded.added and not method.trains_base:
         attach_rows(loaded.model, sorted(loaded.added.values()))
@@ -140,10 +141,12 @@ def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> 
     if prepared.ledger.leaked:
         notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
     total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
-    if total < _FEW_STEPS:
+    if total < _FEW_STEPS and recipe.train.max_steps is None:
+        size = "rows" if recipe.train.rows_per_step else "tokens"
+        an_epoch = len(prepared.train) if recipe.train.rows_per_step else steps.tokens_per_epoch
         notes.append(
-            f"only {total} optimizer steps: {steps.tokens_per_epoch:,} tokens an epoch at "
-            f"train.tokens_per_step {steps.spec.tokens_per_step}; lower it, or raise train.epochs"
+            f"only {total} optimizer step{'s' * (total != 1)}: {an_epoch:,} {size} an epoch at train.{size}_per_step "
+            f"{recipe.train.rows_per_step or recipe.train.tokens_per_step}; lower it, or raise train.epochs"
         )
     return notes
 

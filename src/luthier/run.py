@@ -9,6 +9,7 @@ evaluate   loss, perplexity, exact match            merge                   an a
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -51,7 +52,7 @@ from luthier.models.replace import sweep_beside
 from luthier.opened import Opened, open_target
 from luthier.recipe.document import dump
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
-from luthier.sampling.generate import SamplingSpec, stream
+from luthier.sampling.generate import SamplingSpec, room, stream
 from luthier.sampling.generate import generate as generate_tokens
 
 REPORT_KEYS = ("run_dir", "steps", "final_loss", "eval_loss", "tokens", "seconds", "peak_bytes")
@@ -266,12 +267,18 @@ def generate(
     max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """One answer: {"text", "tokens", "stopped"} (stopped: it ended by itself)."""
+    if not 0.0 <= temperature < math.inf:
+        raise UsageError("not a temperature", where="--temperature", value=temperature, remedy="0 is greedy, 1 plain")
     opened = target if isinstance(target, Opened) else open_target(target)
-    spec = SamplingSpec(max_new_tokens, temperature, seed=seed, stop_ids=opened.encoder.stop_ids)
+    if system and (raw or opened.encoder.template is None):
+        why = "--raw uses no chat template" if raw else "the target has no chat template"
+        raise UsageError(f"a system message has no place: {why}", where="--system", remedy="write it into the prompt")
     ids = opened.prompt_ids(opened.as_record(prompt, system, raw))
+    most = room(opened.model, len(ids), max_new_tokens)
+    spec = SamplingSpec(most, temperature, seed=seed, stop_ids=opened.encoder.stop_ids)
     (made,) = generate_tokens(opened.model, opened.tokenizer, [ids], spec)
     text = opened.tokenizer.decode(made, skip_special_tokens=True)
-    return {"text": text, "tokens": len(made), "stopped": len(made) < max_new_tokens}
+    return {"text": text, "tokens": len(made), "stopped": len(made) < most}
 
 
 def reply(
@@ -280,8 +287,10 @@ def reply(
     """The answer to a conversation, piece by piece."""
     if opened.encoder.template is None:
         raise UsageError("the target has no chat template", remedy="use `luthier generate --raw`")
-    spec = SamplingSpec(max_new_tokens, temperature, stop_ids=opened.encoder.stop_ids)
-    yield from stream(opened.model, opened.tokenizer, opened.encoder.prompt_ids(messages), spec)
+    ids = opened.encoder.prompt_ids(messages)
+    most = room(opened.model, len(ids), max_new_tokens)
+    spec = SamplingSpec(most, temperature, stop_ids=opened.encoder.stop_ids)
+    yield from stream(opened.model, opened.tokenizer, ids, spec)
 
 
 def evaluate(

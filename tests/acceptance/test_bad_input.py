@@ -128,5 +128,32 @@ def test_targets_and_flags(luthier: Callable[..., Any], recipe: Path, tmp_path: 
     _refused(luthier("generate", tmp_path / "nowhere", "--prompt", "x"), 2, "nowhere")
     _refused(luthier("merge", tmp_path, "--out", tmp_path / "out"), 2, str(tmp_path))
     _refused(luthier("train", recipe, "--resume", "auto", "--fresh"), 2, "--resume", "--fresh")
+    _refused(luthier("train", recipe, f"output_dir={recipe}"), 2, "system refuses", str(recipe))
+    _refused(luthier("generate", tmp_path, "--prompt", "x", "--temperature", "nan"), 2, "--temperature")
     _refused(luthier("trian", recipe), 2, "trian", "train")
     _refused(luthier("train", recipe, "--progres", "off"), 2, "--progres")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("method.r=0", ("`method.r`", ">= 1", "saw 0")),
+        ("method.lora_dropout=1.5", ("`method.lora_dropout`", "< 1")),
+        ("method.rank_pattern={q_proj: 0}", ("method.rank_pattern", ">= 1")),
+        ('method.rank_pattern={"(": 4}', ("method.rank_pattern", "regular expression")),
+        ("method.rank_pattern={nosuch: 4}", ("method.rank_pattern", "saw nosuch")),
+        ("method.exclude_modules=[nosuch]", ("method.exclude_modules", "saw nosuch")),
+        ("method.layers_to_transform=[0, 99]", ("method.layers_to_transform", "saw 99")),
+        ("method.layers_pattern=layers", ("method.layers_pattern", "layers_to_transform")),
+        ("train.optimizer=sgd", ("`train.optimizer`", "adamw", "saw sgd")),
+        ("engine.strategy=ddp", ("`engine.strategy`", "saw ddp")),
+        ("engine.device=mps", ("engine.device", "saw mps")),
+        ("model.revision=main", ("model.revision", "local directory")),
+        ("model.add_tokens=[<x>, <x>]", ("twice", "saw <x>")),
+        ("data.train[0].format=alpacca", ("format", "did you mean `alpaca`?")),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_before_training(
+    luthier: Callable[..., Any], recipe: Path, override: str, parts: tuple[str, ...]
+) -> None:
+    _refused(luthier("train", recipe, "--dry-run", override), 2, *parts)

@@ -131,7 +131,8 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("fp16: true\n", ["bf16", ":3:1"]),
         ("cutoff_len: long\n", ["`data.max_tokens` takes a whole number", ":3:13"]),
         ("method: qlora\nload_in_8bit: true\n", ["qlora means"]),
-        ("optim: sgd9\nwat: 1\n", ["unknown field `wat`"]),
+        ("wat: 1\n", ["unknown field `wat`"]),
+        ("optim: sgd9\n", ["`train.optimizer` takes adamw", "sgd9"]),
     ],
 )
 def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> None:

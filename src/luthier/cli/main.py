@@ -8,6 +8,7 @@ not listed. Exit codes: 0 done, 2 usage or recipe, 3 data or failed check, 4 che
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from typing import Any
 
 import click
 
-from luthier.contracts.errors import LuthierError, UsageError
+from luthier.contracts.errors import LuthierError, ResourceError, UsageError
 
 # verb -> its line in --help; the file is cli/VERB.py
 VERBS: dict[str, str] = {
@@ -122,6 +123,10 @@ def _line(error: Exception) -> tuple[str, int]:
         path = context.command_path if context else "luthier"
         usage = UsageError(error.format_message().rstrip("."), where=path, remedy=f"see `{path} --help`")
         return usage.line(), usage.exit_code
+    if isinstance(error, OSError) and error.filename is not None:  # a path that a person named, or a full disk
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE) else UsageError
+        refused = kind(f"the system refuses: {error.strerror}", where=str(error.filename))
+        return refused.line(), refused.exit_code
     message, log = " ".join(f"{type(error).__name__}: {error}".split()), getattr(error, "run_log", None)
     trace = f"the traceback is in {log}" if log else "--debug shows the traceback"
     return f"internal: {message} — please report it; {trace}", 1

@@ -96,7 +96,7 @@ def summary(path: Path) -> dict[str, Any]:
     steps = [event for event in events if event.get("event") == "step"]
     scores = [event for event in events if event.get("event") == "evaluate"]
     start = next((event for event in events if event.get("event") == "start"), {})
-    total = start.get("steps")
+    total = (recipe.get("train") or {}).get("max_steps") or start.get("steps")
     step = steps[-1].get("step") if steps else report.get("steps")
     seconds = report.get("seconds") or sum(event.get("seconds") or 0.0 for event in [*steps, *scores])
     return {

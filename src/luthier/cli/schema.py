@@ -45,6 +45,7 @@ def rendered() -> str:
 
 def generate() -> dict[str, Any]:
     """The schema from the sources: imports every method and objective, and so torch."""
+    from luthier.data.detect import known
     from luthier.recipe.recipe import Recipe
 
     schema = _untitled(Recipe.model_json_schema())
@@ -62,6 +63,12 @@ def generate() -> dict[str, Any]:
     share = next(branch for branch in fields["eval"]["anyOf"] if branch.get("type") == "number")
     fields["train"] = {"description": fields["train"]["description"], "anyOf": [_SHORT, source, files]}
     fields["eval"] = {**fields["eval"], "anyOf": [share, _SHORT, source, files, {"type": "null"}]}
+    source_fields = schema["$defs"]["DataSource"]["properties"]
+    shapes = sorted(item.NAME for item in known())
+    source_fields["format"] = {
+        **source_fields["format"],
+        "anyOf": [{"enum": shapes, "type": "string"}, {"type": "null"}],
+    }
     evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}
     return {**head, **schema}
@@ -79,7 +86,7 @@ def _room(room: str) -> dict[str, Any]:
 def _dataclass(name: str, kind: type[Any]) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     properties: dict[str, Any] = {"name": {"const": name, "type": "string"}}
     required = ["name"]
     for field in dataclasses.fields(kind):

@@ -128,5 +128,7 @@ def raise_all(errors: Sequence[LuthierError]) -> None:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    text = (value or '""') if isinstance(value, str) else repr(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"

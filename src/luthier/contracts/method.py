@@ -43,6 +43,9 @@ class Method:
         """Add sites and set `requires_grad`: exactly what trains, nothing else. Raises RecipeError."""
         raise NotImplementedError
 
+    def check(self, model: nn.Module) -> None:
+        """Before a training: RecipeError for a field that names nothing in this model. Not asked of loaded files."""
+
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay"}.
 

@@ -1,7 +1,7 @@
 """From the recipe's data section to samples: sources, records, tokens, the evaluation split, the ledger.
 
-Every row that is read is kept, or dropped or rejected with a reason, and the ledger must balance. A row that is wrong
-stops the run after up to 20 such rows have been found (`bad_rows: strict`), or is listed and left out (`quarantine`).
+Every row that is read is kept, or dropped or rejected with a reason, and the ledger must balance. Wrong rows stop the
+run when all of them have been found (`bad_rows: strict`, faults.py), or are listed and left out (`quarantine`).
 
 `weight` of a source: a weight of 2.3 keeps every row twice and a third time where the hash of (seed, source, row) says
 so, 0.3 keeps those rows only. The evaluation share is chosen by the hash of a row's tokens: the same rows whatever
@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from luthier.contracts.errors import DataError, raise_all
+from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record, Sample, Source
 from luthier.data.bytestream import open_bytes
 from luthier.data.detect import records
+from luthier.data.faults import Faults
 from luthier.data.ledger import Account, Dropped, Ledger
 from luthier.data.order import key
 from luthier.data.pack import compact
@@ -28,7 +29,6 @@ from luthier.data.paths import expand, is_hub_id
 from luthier.data.source import read_rows
 from luthier.recipe.recipe import DataSection, DataSource
 
-_MOST_ERRORS = 20
 _IDENTITY = ("eval", "max_tokens", "overlong", "packing", "mask", "bad_rows", "injection")
 
 
@@ -73,7 +73,7 @@ class _Bad:
     mode: str
     ledger: Ledger
     account: Account
-    errors: list[DataError] = field(default_factory=list)
+    faults: Faults
 
     def __call__(self, error: DataError, source: Source) -> None:
         self.account.read += 1
@@ -85,9 +85,7 @@ class _Bad:
         if self.mode == "quarantine":
             self.ledger.rejects.append({"source": str(source), "reason": error.what, "error": error.line()})
             return
-        self.errors.append(error)
-        if len(self.errors) >= _MOST_ERRORS:
-            raise_all(self.errors)
+        self.faults.add(error, source)
 
 
 def prepare(section: DataSection, encoder: Encoder, *, seed: int) -> Prepared:
@@ -96,7 +94,7 @@ def prepare(section: DataSection, encoder: Encoder, *, seed: int) -> Prepared:
     reading = _Reading(section, encoder, ledger, seed)
     kept = reading.rows(section.train, "train")
     held = reading.rows(section.eval, "eval") if isinstance(section.eval, tuple) else []
-    raise_all(reading.errors)
+    reading.faults.raise_all()
     if isinstance(section.eval, tuple):
         _must_have_rows(held, ledger, "eval", section)
         train_digests = {row.digest(seed) for row in kept}
@@ -123,16 +121,16 @@ def read_records(
     sources: Sequence[DataSource], ledger: Ledger, *, use: str = "train", bad_rows: str = "strict"
 ) -> Iterator[Record]:
     """The records of some sources without encoding them (evaluation, looking at data); kept ones are counted."""
-    errors: list[DataError] = []
+    faults = Faults()
     for spec in sources:
         for path in expand(spec.path, spec.split):
             account = ledger.account(path, use)
-            bad = _Bad(bad_rows, ledger, account, errors)
+            bad = _Bad(bad_rows, ledger, account, faults)
             for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
                 account.read += 1
                 account.kept += 1
                 yield record
-    raise_all(errors)
+    faults.raise_all()
 
 
 def fingerprint(section: DataSection) -> str:
@@ -158,7 +156,7 @@ class _Reading:
     encoder: Encoder
     ledger: Ledger
     seed: int
-    errors: list[DataError] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
 
     def rows(self, sources: Sequence[DataSource], use: str) -> list[_Kept]:
         """The kept rows of some sources, each with its samples."""
@@ -167,7 +165,7 @@ class _Reading:
             row = 0
             for path in expand(spec.path, spec.split):
                 account = self.ledger.account(path, use)
-                bad = _Bad(self.section.bad_rows, self.ledger, account, self.errors)
+                bad = _Bad(self.section.bad_rows, self.ledger, account, self.faults)
                 for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
                     account.read += 1
                     row += 1
@@ -234,6 +232,8 @@ def _must_have_rows(kept: list[_Kept], ledger: Ledger, use: str, section: DataSe
     reasons = Ledger(accounts).reasons
     said = ", ".join(f"{count} {name}" for name, count in reasons.items()) or "the files hold no row"
     remedy = "give rows" if not read else f"raise data.max_tokens (now {section.max_tokens}) or set data.overlong"
+    if set(reasons) <= {"no trained token", "no token to train"}:
+        remedy = "data.mask says what is trained: its roles, last_turn_only"
     if any(account.rejected for account in accounts):
         remedy = "mend the rows: data.bad_rows strict names them"
     elif any("weight" in name for name in reasons):

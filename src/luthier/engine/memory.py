@@ -11,6 +11,7 @@ import gc
 import os
 import resource
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ def checkpoint_activations(model: nn.Module) -> bool:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         return False
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():  # transformers 5 renamed it, 4 knows only this name
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return True
 
 

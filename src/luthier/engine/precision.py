@@ -50,8 +50,13 @@ def resolve_device(name: str) -> torch.device:
         raise RecipeError(
             "unknown device", where="engine.device", value=name, remedy="use auto, cpu or cuda"
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError("this device is not supported", where="engine.device", value=name, remedy="use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("no GPU is visible to torch", where="engine.device", value=name, remedy="use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError("no such GPU", where="engine.device", value=name,
+                          remedy=f"they are numbered 0 to {torch.cuda.device_count() - 1}")  # fmt: skip
     return device
 
 

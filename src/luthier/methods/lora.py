@@ -14,12 +14,14 @@ parameter), layer_replication, `ensure_weight_tying` (a tied embedding or head i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,9 +44,22 @@ from luthier.models.sites import (
     train_in_place,
     unwrap,
 )
-from luthier.models.targets import ALL_LINEAR, Targets, by_pattern, find_saved, find_targets, shortest_names
+from luthier.models.targets import (
+    ALL_LINEAR,
+    Targets,
+    by_pattern,
+    check_targets,
+    find_saved,
+    find_targets,
+    shortest_names,
+)
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # PEFT's starts that leave base weights alone
+
+
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _doc(default: Any, doc: str) -> Any:
@@ -60,20 +75,24 @@ class LoRA(Method):
     peft_type: ClassVar[str | None] = "LORA"
     default_learning_rate: ClassVar[float] = 2e-4
 
-    r: int = _doc(16, "rank: 4-8 for simple tasks, 16 in general, 32-64 for reasoning, 128 and more for a new domain")
-    lora_alpha: float | None = _doc(None, "scale numerator; the update is multiplied by lora_alpha / r; default 2 r")
-    lora_dropout: float = _doc(0.0, "share of the adapter's input dropped in training; 0.05 for very small data")
+    r: Rank = _doc(16, "rank: 4-8 for simple tasks, 16 in general, 32-64 for reasoning, 128 and more for a new domain")
+    lora_alpha: Alpha | None = _doc(None, "scale numerator; the update is multiplied by lora_alpha / r; default 2 r")
+    lora_dropout: Dropout = _doc(0.0, "share of the adapter's input dropped in training; 0.05 for very small data")
     target_modules: str | tuple[str, ...] = _doc(ALL_LINEAR, "all-linear, a list of module names, or a regex on paths")
     exclude_modules: str | tuple[str, ...] | None = _doc(None, "modules left alone: list of names, or a regex on paths")
     bias: Literal["none", "all", "lora_only"] = _doc(
         "none", "base biases that also train; lora_only: of adapted layers"
     )
     use_rslora: bool = _doc(False, "scale by lora_alpha / sqrt(r): keeps learning at ranks of 64 and more")
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"doc": "regex on paths -> another rank there"})
-    alpha_pattern: dict[str, float] = field(
+    rank_pattern: dict[str, Rank] = field(
+        default_factory=dict, metadata={"doc": "regex on paths -> another rank there"}
+    )
+    alpha_pattern: dict[str, Alpha] = field(
         default_factory=dict, metadata={"doc": "regex on paths -> another lora_alpha there"}
     )
-    layers_to_transform: int | tuple[int, ...] | None = _doc(None, "only these layer numbers (with a list of targets)")
+    layers_to_transform: int | tuple[int, ...] | None = _doc(
+        None, "only these layer numbers (with all-linear or a list of targets)"
+    )
     layers_pattern: str | tuple[str, ...] | None = _doc(None, "name of the layer list, where it is not found by itself")
     modules_to_save: tuple[str, ...] = _doc((), "modules trained and saved as full copies, e.g. a new lm_head")
     init_lora_weights: bool | Literal["gaussian"] = _doc(
@@ -102,6 +121,24 @@ class LoRA(Method):
                 raise RecipeError(
                     f"{name} cannot be that", where=f"method.{name}", value=getattr(self, name), remedy=docs[name]
                 )
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    raise RecipeError(f"not a regular expression: {error}", where=f"method.{name}", value=key) from None
+        if self.layers_to_transform is None and self.layers_pattern:
+            raise RecipeError("layers_pattern says where layers are numbered, and no number is asked for",
+                              where="method.layers_pattern", value=self.layers_pattern,
+                              remedy="give layers_to_transform, or leave it out")  # fmt: skip
+        by_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
+        if by_regex and self.layers_to_transform is not None:
+            raise RecipeError("a regular expression chooses layers by itself", where="method.layers_to_transform",
+                              value=self.layers_to_transform,
+                              remedy="write the numbers into target_modules, or give it a list")  # fmt: skip
 
     @property
     def alpha(self) -> float:
@@ -125,6 +162,9 @@ class LoRA(Method):
         made.dropout = self.lora_dropout
         made.make(base, DTYPES[self.adapter_dtype], bias=self.lora_bias, init=self.init_lora_weights)
         return made
+
+    def check(self, model: nn.Module) -> None:
+        check_targets(model, self.targets, {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
 
     def attach(self, model: nn.Module) -> None:
         if sites(model):

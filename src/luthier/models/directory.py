@@ -36,6 +36,9 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 def find_directory(path: str, revision: str | None = None) -> Path:
     """The local directory of a model: a path, or a hub id that the local cache holds."""
     local = Path(path).expanduser()
+    if local.is_dir() and revision:
+        raise ModelError("a local directory has no revisions", where="model.revision", value=revision,
+                         remedy="leave it out, or give a hub id as model.path")  # fmt: skip
     if local.is_dir():
         return local
     if local.exists():

@@ -3,7 +3,7 @@
     list        name == t or name ends with "." + t          string      full regex match on the path
     all-linear  every Linear and Conv1D but the output head  exclude_modules wins over any of them
     modules_to_save: full trainable copies; nothing at or below one gets an adapter
-    layers_to_transform: only these layer numbers (list targets only); layers_pattern: the container's name
+    layers_to_transform: only these layer numbers (not with a regex); layers_pattern: the container's name
     rank_pattern, alpha_pattern: first key with `^(.*\\.)?(KEY)$` on the path
 
 No match is an error that lists the model's real leaf names. Paths are original ones (models/sites.py).
@@ -25,6 +25,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.models.sites import Site, is_linear, original_name
 
 ALL_LINEAR = "all-linear"
+_NARROWING = ("exclude_modules", "modules_to_save", "layers_to_transform")
 Value = TypeVar("Value")
 
 
@@ -64,9 +65,9 @@ class Targets:
             return re.fullmatch(self.target_modules, path) is not None
         if path in self.target_modules:
             return True
-        return any(path.endswith(f".{name}") for name in self.target_modules) and self._layer(path)
+        return any(path.endswith(f".{name}") for name in self.target_modules) and self.in_layer(path)
 
-    def _layer(self, path: str) -> bool:
+    def in_layer(self, path: str) -> bool:
         wanted = self.layers_to_transform
         if wanted is None or (not isinstance(wanted, int) and not wanted):
             return True
@@ -104,13 +105,15 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     modules = base_modules(model)
     wanted = targets.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        names = {path for path in all_linear(model) if not targets.excludes(path)}
+        names = {path for path in all_linear(model) if not targets.excludes(path) and targets.in_layer(path)}
     else:
         names = {path for path in modules if path and targets.wants(path)}
     found = {path: module for path, module in modules.items() if path in names}
     if not found:
+        narrowed = [name for name in _NARROWING if getattr(targets, name)]
+        also = f" ({' and '.join(narrowed)} leave{'s' * (len(narrowed) == 1)} none)" if narrowed else ""
         raise RecipeError(
-            "no module of this model matches", where="method.target_modules", value=wanted,
+            f"no module of this model matches{also}", where="method.target_modules", value=wanted,
             remedy=f"its modules are called: {', '.join(leaf_names(model))}",
         )  # fmt: skip
     for path, module in found.items():
@@ -120,6 +123,30 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
                 where="method.target_modules", value=wanted, remedy=f"linear: {', '.join(leaf_names(model))}",
             )  # fmt: skip
     return found
+
+
+def check_targets(model: nn.Module, targets: Targets, patterns: Mapping[str, Mapping[str, object]]) -> None:
+    """RecipeError for a name, number or pattern that selects nothing in this model: it would do nothing, unseen."""
+    paths = [path for path in base_modules(model) if path]
+    found = find_targets(model, targets)
+    excluded = targets.exclude_modules or ()
+    for name in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(_matches(name if isinstance(excluded, str) else [name], path) for path in paths):
+            _nothing("exclude_modules", name, f"its modules are called: {', '.join(leaf_names(model))}")
+    wanted = targets.layers_to_transform
+    numbers = {layer_index(path, targets.layers_pattern) for path in found} - {None}
+    for number in [wanted] if isinstance(wanted, int) else wanted or ():
+        if number not in numbers:
+            _nothing("layers_to_transform", number, "layers are numbered from 0; layers_pattern names their list")
+    for field, keys in patterns.items():
+        for key in keys:
+            if not any(_pattern(key).match(path) for path in found):
+                _nothing(field, key, "it is a regular expression on the end of an adapted module's path")
+
+
+def _nothing(field: str, value: object, remedy: str) -> None:
+    kind = "module" if field == "exclude_modules" else "adapted module"
+    raise RecipeError(f"no {kind} of this model matches", where=f"method.{field}", value=value, remedy=remedy)
 
 
 def find_saved(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
     "array": (list,), "object": (dict,), "null": (type(None),),
 }  # fmt: skip
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def checked(sections: dict[str, Any]) -> tuple[dict[str, Any], list[LuthierError]]:
@@ -69,6 +73,10 @@ def conflicts(document: Document) -> list[LuthierError]:
         clash("a step needs a size", ("train", "tokens_per_step"), "give tokens_per_step or rows_per_step")
     if train.get("warmup_ratio", 0.03) + (train.get("decay_ratio", 0.1) if train.get("schedule") == "wsd" else 0) > 1:
         clash("warm-up and decay are longer than the run", ("train", "warmup_ratio"), "their sum is at most 1")
+    tokens_added = look(document.data, ("model", "add_tokens")) or []
+    for index, token in enumerate(tokens_added):
+        if token in tokens_added[:index]:
+            clash("a token is added twice", ("model", "add_tokens", index), "keep one")
     evaluate, held = document.data.get("evaluate", {}), document.data["data"].get("eval")
     if evaluate.get("on") is not None and held is not None:
         clash("held-out rows are named twice", ("evaluate", "on"),
@@ -160,7 +168,7 @@ def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Docume
         yield from _fields(branch, value, steps, document)
     elif "." not in name:
         close = nearest(name, names_of(node))
-        remedy = f"did you mean `{close}`?" if close else f"{room}s: {', '.join(names_of(node))}"
+        remedy = (f"did you mean `{close}`? " if close else "") + f"{room}s: {', '.join(names_of(node))}"
         yield RecipeError(f"unknown {room}", where=document.where((*steps, "name")), value=name, remedy=remedy)
 
 
@@ -196,6 +204,8 @@ def _remedy(node: Schema, value: Any, words: list[str]) -> str | None:
         if "boolean" in kinds and value.lower() in {"yes", "no", "on", "off", "true", "false", "y", "n"}:
             return "write true or false"
         digits = value.replace("_", "").replace(",", "")
+        if "number" in kinds and _FLOAT.fullmatch(value):
+            return f"write {value} without quotes"
         if kinds & {"integer", "number"} and digits.replace(".", "", 1).isdigit():
             return f"write {digits}"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and abs(value) < 1e15:

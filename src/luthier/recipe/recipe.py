@@ -146,7 +146,7 @@ class TrainSection(Section):
         (0.9, 0.999), "Memory of AdamW's two averages; (0.9, 0.95) for long runs with large batches."
     )
     max_grad_norm: Float = _field(1.0, "Gradients beyond this global norm are scaled down; 0 turns it off.", ge=0)
-    optimizer: Name = _field("adamw", "Rule of the update.")
+    optimizer: Literal["adamw"] = _field("adamw", "Rule of the update.")
     save_every: Int | None = _field(
         None, "Steps between checkpoints; default: about ten over the run, and one at its end.", unit="steps", gt=0
     )
@@ -161,7 +161,7 @@ class TrainSection(Section):
 class EngineSection(Section):
     """Where the work runs; nothing here changes what is learnt, but for precision."""
 
-    strategy: Name = _field("auto", "How devices share the work; auto takes single on one device.")
+    strategy: Literal["auto", "single"] = _field("auto", "How devices share the work; auto takes single on one device.")
     precision: Literal["auto", "fp32", "bf16"] = _field(
         "auto", "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU."
     )

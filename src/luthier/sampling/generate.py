@@ -113,6 +113,19 @@ def stream_tokens(
         worker.join()
 
 
+def room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
+    """How many tokens may follow a prompt: what is asked for, as far as the model has positions."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if not isinstance(most, int):
+        return wanted
+    if prompt_tokens >= most:
+        raise ModelError("the prompt leaves no position for an answer", value=f"{prompt_tokens} tokens",
+                         remedy=f"the model has {most} positions: shorten it")  # fmt: skip
+    return min(wanted, most - prompt_tokens)
+
+
 def pads(model: nn.Module) -> bool:
     """False for families whose layers carry a state along the row: padding on the left would enter it."""
     if getattr(model, "_is_stateful", False):
