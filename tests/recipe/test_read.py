@@ -77,7 +77,7 @@ def test_every_error_at_once_in_the_order_of_the_text(write: Write) -> None:
         "recipe: `data.eval` takes a number > 0 and < 1 — r.yaml:5:9 — saw 1.5",
         'recipe: `method.r` takes a whole number >= 1 — r.yaml:6:25 — saw "16" — write 16',
         "recipe: unknown field `method.lora_alhpa` — r.yaml:6:31 — did you mean `lora_alpha`?",
-        "recipe: unknown objective — r.yaml:7:12 — saw sftt — did you mean `sft`?",
+        "recipe: unknown objective — r.yaml:7:12 — saw sftt — did you mean `sft`? objectives: sft",
         'recipe: `train.epochs` takes a number > 0 — r.yaml:9:11 — saw "yes"',
         "recipe: unknown field `train.scedule` — r.yaml:10:3 — did you mean `schedule`?",
         (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import click
 
+from luthier.contracts.errors import UsageError
+
 
 @click.command("chat")
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
@@ -18,6 +20,9 @@ def command(targets: tuple[str, ...], system: str | None, max_new_tokens: int, t
     from luthier import run
 
     talkers = [run.load(target) for target in targets]
+    for name, talker in zip(targets, talkers, strict=True):
+        if talker.encoder.template is None:
+            raise UsageError("the target has no chat template", where=name, remedy="use `luthier generate --raw`")
     opening = [{"role": "system", "content": system}] if system else []
     histories: list[list[dict[str, str]]] = [list(opening) for _ in talkers]
     while True:

@@ -129,7 +129,11 @@ def agree(start: Start, identity: Mapping[str, Any], benign: Mapping[str, Any], 
             for key, pair in refused.items()
         ]
     )  # fmt: skip
-    changed = {key: differ[key] for key in allowed} | _differences(start.content.benign, benign)
+    benign_there = start.content.benign
+    if branch:  # the fields of the rate's course are identity in the file and benign here, or the other way round
+        benign_there = {**{key: there[key] for key in there if key.startswith(_BRANCH_FIELDS)}, **benign_there}
+        benign = {**{key: identity[key] for key in identity if key.startswith(_BRANCH_FIELDS)}, **benign}
+    changed = _differences(benign_there, benign)
     return [f"{key} changed since the checkpoint: {_pair(pair)}" for key, pair in changed.items()]
 
 
