@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,15 +21,21 @@ from luthier.engine.journal import metric_rows, read
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
 
-@pytest.fixture
-def stopped(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps that ends after step 7, with checkpoints at 3 and 6."""
-    directory = tmp_path / "run"
+    directory = tmp_path_factory.mktemp("stopped") / "run"
     for event in rig.train(rig.build(directory, every=None, evaluation=0)):
         if getattr(event, "step", 0) == 7:
             break
     assert [path.name for path in checkpoint.found(directory)] == ["checkpoint-6", "checkpoint-3"]
     return directory
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of it to harm."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")

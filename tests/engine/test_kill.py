@@ -21,6 +21,10 @@ POINTS = (
     "checkpoint.before_rename", "checkpoint.after_rename", "checkpoint.before_pointer", "checkpoint.after_pointer",
     "checkpoint.rotation", "checkpoint.mid_rotation",
 )  # fmt: skip
+EVERY_PUSH = {
+    "checkpoint.before_optimizer", "durable.write:300", "checkpoint.after_manifest", "checkpoint.before_rename",
+    "checkpoint.after_rename", "checkpoint.mid_rotation",
+}  # fmt: skip
 
 
 def assert_as_if_unbroken(directory: Path, unbroken: Path, step: int = 12) -> None:
@@ -46,7 +50,9 @@ def test_two_runs_are_bit_equal(server: rig.Server, unbroken: Path, tmp_path: Pa
     assert_as_if_unbroken(tmp_path, unbroken)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point", [p if p in EVERY_PUSH else pytest.param(p, marks=pytest.mark.nightly) for p in POINTS]
+)
 def test_killed_inside_a_save(server: rig.Server, unbroken: Path, tmp_path: Path, point: str) -> None:
     name, _, nth = point.partition(":")
     wanted = f"{name}:{nth or 2}"  # the second save: something is there to fall back on
@@ -74,6 +80,7 @@ def test_faults_are_inert_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not fault._seen
 
 
+@pytest.mark.nightly
 def test_killed_at_random_moments(server: rig.Server, unbroken: Path, tmp_path: Path) -> None:
     """One run, killed again and again, ends bit-identical."""
     rng = random.Random(3)
@@ -119,7 +126,7 @@ def test_a_signal_saves_and_stops(server: rig.Server, tmp_path: Path, number: si
 
 
 def test_a_second_signal_ends_at_once_with_the_last_checkpoint_intact(server: rig.Server, tmp_path: Path) -> None:
-    options = {"steps": 60, "every": None, "save_every": 4, "evaluation": 0}
+    options = {"steps": 16, "every": None, "save_every": 4, "evaluation": 0}
     assert server.run(tmp_path / "unbroken", **options) == 0
     pid = server.start(tmp_path / "ended", {"LUTHIER_FAULT": "checkpoint.before_rename:2:HANG"}, **options)
     wait_for_step(tmp_path / "ended", 8)  # its save hangs
@@ -130,18 +137,18 @@ def test_a_second_signal_ends_at_once_with_the_last_checkpoint_intact(server: ri
     assert [row["event"] for row in read(tmp_path / "ended" / "journal.jsonl")].count("end") == 0
     assert [path.name for path in checkpoint.found(tmp_path / "ended")] == ["checkpoint-4"]
     assert server.run(tmp_path / "ended", resume="strict", **options) == 0
-    assert_as_if_unbroken(tmp_path / "ended", tmp_path / "unbroken", 60)
+    assert_as_if_unbroken(tmp_path / "ended", tmp_path / "unbroken", 16)
 
 
 def test_stopped_and_resumed_is_bit_equal(server: rig.Server, tmp_path: Path) -> None:
-    options = {"steps": 60, "every": 10, "save_every": 20}
+    options = {"steps": 40, "every": 10, "save_every": 20}
     assert server.run(tmp_path / "unbroken", **options) == 0
     pid = server.start(tmp_path / "stopped", **options)
     wait_for_step(tmp_path / "stopped", 7)
     os.kill(pid, signal.SIGTERM)
     assert server.wait() == 143
     assert server.run(tmp_path / "stopped", resume="strict", **options) == 0
-    assert_as_if_unbroken(tmp_path / "stopped", tmp_path / "unbroken", 60)
+    assert_as_if_unbroken(tmp_path / "stopped", tmp_path / "unbroken", 40)
 
 
 def wait_for_step(directory: Path, step: int) -> None:

@@ -103,6 +103,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path: Path) -> None
     assert not run.trunk.model.training  # handed over ready for use
 
 
+@pytest.mark.nightly
 def test_resume_in_the_middle_and_at_the_edge_of_an_epoch(tmp_path: Path) -> None:
     rig.run_through(tmp_path / "whole", evaluation=0, save_every=1, keep=20)
     run = rig.build(tmp_path / "other")
@@ -176,6 +177,7 @@ def test_too_many_skips_roll_back_once_past_the_data(tmp_path: Path) -> None:
     assert rows[3]["tokens"] == sum(batch.tokens for batch in run.stream.step(6))
 
 
+@pytest.mark.nightly
 def test_a_rolled_back_run_resumes_bit_equal(tmp_path: Path) -> None:
     options = {"evaluation": 0, "guard": Guard(most_skips=1, window=10)}
     for name in ("whole", "broken"):
@@ -244,6 +246,7 @@ def test_out_of_memory_halves_the_microbatch_not_the_step(tmp_path: Path) -> Non
     assert state["microbatch_tokens"] < 60
 
 
+@pytest.mark.nightly
 def test_a_halved_run_resumes_halved(tmp_path: Path) -> None:
     options = {"steps": 6, "microbatch_tokens": None, "evaluation": 0}
     for name in ("whole", "broken"):
@@ -304,7 +307,7 @@ def test_other_errors_are_not_taken_for_memory(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_bf16_runs_close_to_fp32(tmp_path: Path, method: str) -> None:
     ends = {}
     for name in ("fp32", "bf16"):
