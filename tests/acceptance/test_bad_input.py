@@ -128,7 +128,7 @@ def test_targets_and_flags(luthier: Callable[..., Any], recipe: Path, tmp_path: 
     _refused(luthier("generate", tmp_path / "nowhere", "--prompt", "x"), 2, "nowhere")
     _refused(luthier("merge", tmp_path, "--out", tmp_path / "out"), 2, str(tmp_path))
     _refused(luthier("train", recipe, "--resume", "auto", "--fresh"), 2, "--resume", "--fresh")
-    _refused(luthier("train", recipe, f"output_dir={recipe}"), 2, "system refuses", str(recipe))
+    _refused(luthier("train", recipe, f"output_dir={recipe}"), 2, "File exists", str(recipe))
     _refused(luthier("generate", tmp_path, "--prompt", "x", "--temperature", "nan"), 2, "--temperature")
     _refused(luthier("trian", recipe), 2, "trian", "train")
     _refused(luthier("train", recipe, "--progres", "off"), 2, "--progres")
@@ -157,3 +157,11 @@ def test_a_value_that_makes_no_sense_is_refused_before_training(
     luthier: Callable[..., Any], recipe: Path, override: str, parts: tuple[str, ...]
 ) -> None:
     _refused(luthier("train", recipe, "--dry-run", override), 2, *parts)
+
+
+def test_generation_says_what_has_no_place(luthier: Callable[..., Any], shared_data: Callable[[str], Path]) -> None:
+    base = shared_data("models/stories260K-hf")
+    _refused(luthier("generate", base, "--prompt", "x", "--system", "s"), 2, "--system", "no chat template")
+    _refused(luthier("chat", base), 2, "no chat template", "--raw")
+    said = luthier("generate", base, "--prompt", "Once", "--max-new-tokens", 100000, "--json")
+    assert said.code == 0 and said.json["tokens"] <= 512 and said.err == ""

@@ -116,10 +116,14 @@ def agree(start: Start, identity: Mapping[str, Any], benign: Mapping[str, Any], 
     """Refuse when the run is another one; returns the notes on what may differ."""
     if start.content is None:
         return []
-    there = start.content.identity
-    differ = _differences(there, identity)
-    allowed = {key for key in differ if branch and key.startswith(_BRANCH_FIELDS)}
-    refused = {key: pair for key, pair in differ.items() if key not in allowed}
+    # A named checkpoint makes the rate's course benign, here and in what is saved after: both sides are compared whole.
+    before = start.content.benign
+    differ = _differences({**before, **start.content.identity}, {**benign, **identity})
+    loose = set(benign) | (set(before) - set(identity))
+    refused = {
+        key: pair for key, pair in differ.items()
+        if key not in loose and not (branch and key.startswith(_BRANCH_FIELDS))
+    }  # fmt: skip
     raise_all(
         [
             CheckpointError(
@@ -129,11 +133,7 @@ def agree(start: Start, identity: Mapping[str, Any], benign: Mapping[str, Any], 
             for key, pair in refused.items()
         ]
     )  # fmt: skip
-    benign_there = start.content.benign
-    if branch:  # the fields of the rate's course are identity in the file and benign here, or the other way round
-        benign_there = {**{key: there[key] for key in there if key.startswith(_BRANCH_FIELDS)}, **benign_there}
-        benign = {**{key: identity[key] for key in identity if key.startswith(_BRANCH_FIELDS)}, **benign}
-    changed = _differences(benign_there, benign)
+    changed = {key: pair for key, pair in differ.items() if key not in refused}
     return [f"{key} changed since the checkpoint: {_pair(pair)}" for key, pair in changed.items()]
 
 
