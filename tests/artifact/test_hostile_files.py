@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from luthier.artifact.adapter_config import LARGEST_FILE, check_config, read_json, safe_pattern
 from luthier.artifact.tensor_file import LARGEST_HEADER, MOST_TENSORS, check_header, read_tensors
-from luthier.models.replace import replace_directory
 from luthier.contracts.errors import LuthierError, ModelError
+from luthier.models.replace import replace_directory
 
 GOOD: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
