@@ -23,6 +23,7 @@ from luthier.data.encode import Encoder
 from luthier.data.template import open_template
 from luthier.engine.precision import resolve_device, resolve_precision
 from luthier.models.load import Loaded, load_model
+from luthier.models.shapes import max_positions
 from luthier.recipe.recipe import DataSection, ModelSection
 
 
@@ -84,7 +85,11 @@ def open_target(target: str | Path, *, base: str | None = None, data: dict[str, 
         )
         loaded.model.to(device)
     template = open_template(_template_text(directory), loaded.tokenizer)
-    section_of_data = DataSection(**{"train": ({"path": "-"},), **_data_of(recipe), **(data or {})})  # type: ignore[arg-type]
+    said_of_data = {**_data_of(recipe), **(data or {})}
+    section_of_data = DataSection(**{"train": ({"path": "-"},), **said_of_data})  # type: ignore[arg-type]
+    most = max_positions(loaded.model.config)
+    if most is not None and section_of_data.max_tokens > most:
+        section_of_data = section_of_data.model_copy(update={"max_tokens": most})
     encoder = Encoder(loaded.tokenizer, template, section_of_data, loaded.generation_stop_ids)
     loaded.model.eval()
     return Opened(path, loaded, encoder, method, notes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -103,3 +104,10 @@ def _linear(path: str, module: nn.Module) -> Linear:
         return Linear(path, module.nx, module.nf, True)
     assert isinstance(module, nn.Linear)
     return Linear(path, module.in_features, module.out_features, False)
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest row that a model was built for, by its configuration; None where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return most if isinstance(most, int) else None

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.contracts.errors import ModelError
+from luthier.models.shapes import max_positions
 from luthier.models.switch import native_attention
 
 _STATEFUL = ("mamba", "linear_attention", "conv", "recurrent", "hybrid", "sparse")
@@ -115,10 +116,8 @@ def stream_tokens(
 
 def room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
     """How many tokens may follow a prompt: what is asked for, as far as the model has positions."""
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if not isinstance(most, int):
+    most = max_positions(model.config)
+    if most is None:
         return wanted
     if prompt_tokens >= most:
         raise ModelError("the prompt leaves no position for an answer", value=f"{prompt_tokens} tokens",
