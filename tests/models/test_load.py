@@ -245,3 +245,8 @@ def test_a_model_is_replaced_as_a_whole(saved: Path, tmp_path: Path) -> None:
         save_whole(loaded.model, None, "other", path)  # type: ignore[arg-type]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_word_of_the_tokenizer_is_no_control_token(directory: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.add_tokens.*\['a'\]"):
+        load(directory, add_tokens=("<|tool|>", "a"))

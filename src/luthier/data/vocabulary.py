@@ -142,17 +142,15 @@ class Vocabulary:
         controls = self.controls(encoded)
         kept = controls[~np.isin(controls, drop)]
         every = self._sections(encoded, controls)
-        if not np.array_equal(every.ids_T, encoded.ids_T):
+        made = self._sections(encoded, kept)
+        left = int(self._is_control[made.ids_T].sum())
+        if not np.array_equal(every.ids_T, encoded.ids_T) or left != len(kept):
             raise DataError(
                 "control strings in the content cannot be neutralised with this tokenizer",
                 where=str(self.tokenizer.name_or_path or "tokenizer"),
                 value=sorted({self.names[int(i)] for i in encoded.ids_T[drop]}),
                 remedy="remove them from the row, or set data.injection: error | allow",
             )  # fmt: skip
-        made = self._sections(encoded, kept)
-        left = int(self._is_control[made.ids_T].sum())
-        if left != len(kept):
-            raise AssertionError(f"{left} control tokens after neutralising, expected {len(kept)}")
         return made
 
     def _sections(self, encoded: Encoded, kept: Ints) -> Encoded:

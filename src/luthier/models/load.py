@@ -178,6 +178,11 @@ def extend(tokenizer: PreTrainedTokenizerFast, tokens: Any) -> None:
     fresh = [token for token in dict.fromkeys(tokens) if token not in atomic]
     if any(not token for token in fresh):
         raise ModelError("an added token cannot be empty", where="model.add_tokens")
+    if plain := [token for token in fresh if token.isalnum() and token in tokenizer.get_vocab()]:
+        raise ModelError(
+            "a word of the tokenizer cannot become a control token: every text holds it", where="model.add_tokens",
+            value=plain, remedy="add strings that no text holds, such as <|name|>",
+        )  # fmt: skip
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in fresh], special_tokens=True)
 
 
