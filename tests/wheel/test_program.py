@@ -77,3 +77,26 @@ def test_a_misspelt_field_is_one_line(installed: Installed, recipe: Path) -> Non
     assert done.returncode == 2
     assert "train" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SMALL_QUICKSTART = """\
+import json, pathlib
+from luthier.quickstart import cached, lesson
+shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+sizes = {**cached.settings(), "documents": 60, "shape": shape,
+         "train_rows": 40, "held_out_rows": 4, "max_new_tokens": 4}
+report = lesson.quickstart(pathlib.Path("small"), lesson.Listener(), sizes)
+print(json.dumps({**report.to_json(), "rows": report.rows}))
+"""
+
+
+def test_quickstart_in_small(installed: Installed) -> None:
+    """Its texts, settings and recipes are in the wheel: every stage runs, on a base of a few thousand parameters."""
+    place = installed.elsewhere
+    (place / "small_quickstart.py").write_text(f"import os\nos.environ['XDG_CACHE_HOME'] = 'cache'\n{SMALL_QUICKSTART}")
+    done = installed.run("python", "small_quickstart.py")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["rows"] == 4
+    assert (place / told["adapter_dir"] / "adapter_model.safetensors").is_file()
