@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from luthier.cli.main import program
 from luthier.contracts.errors import RecipeError, UsageError
 from luthier.recipe.read import read_recipe
 from luthier.recipe.schema import names_of, nearest, properties_of, schema
@@ -45,7 +46,7 @@ def command(file: str, model: str, data: str, method: str, objective: str, as_js
     if as_json:
         click.echo(json.dumps({"path": file}))
     else:
-        click.echo(f"wrote {file} — next: luthier data check {file}, then luthier train {file}")
+        click.echo(f"wrote {file} — next: {program()} data check {file}, then {program()} train {file}")
 
 
 def starter(name: str, *, model: str, data: str, method: str, objective: str) -> str:

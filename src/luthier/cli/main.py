@@ -67,6 +67,16 @@ class Verbs(click.Group):
             formatter.write_dl([(verb, VERBS[verb]) for verb in self.list_commands(ctx)])
 
 
+def program() -> str:
+    """How a person calls this program from where they are: `luthier` where the PATH has it, else its file."""
+    from shutil import which
+
+    beside = Path(sys.executable).with_name("luthier")
+    if which("luthier") or not beside.exists():
+        return "luthier"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
         from luthier import __version__

@@ -25,6 +25,7 @@ def command(out: Path, progress: str, as_json: bool) -> None:
     Needs no network and no GPU. The base is cached under $XDG_CACHE_HOME/luthier, so a second run is much shorter.
     """
     click.echo("luthier: opening torch and transformers", err=True)
+    from luthier.cli.main import program
     from luthier.cli.progress import reader
     from luthier.quickstart.lesson import Listener, quickstart
     from luthier.quickstart.show import show
@@ -34,4 +35,4 @@ def command(out: Path, progress: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
-        show(report)
+        show(report, program())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from luthier.cli.main import program
 from luthier.contracts.errors import UsageError
 from luthier.recipe import shipped
 
@@ -58,4 +59,4 @@ def cp(name: str, to: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"name": name, "path": str(path)}))
     else:
-        click.echo(f"wrote {path} — put your model and data into it, then: luthier train {path}")
+        click.echo(f"wrote {path} — put your model and data into it, then: {program()} train {path}")

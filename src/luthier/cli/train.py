@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from luthier.cli.main import program
+
 
 @click.command("train")
 @click.argument("recipe", type=click.Path())
@@ -65,8 +67,8 @@ def _closing_lines(report: dict[str, Any]) -> str:
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']:.1f} s, {losses}",
         f"result   {result} (from {report['result_from']})",
         f"run      {report['run_dir']} (loss.png, report.json, journal.jsonl)",
-        f'next     luthier generate {report["run_dir"]} --prompt "…"',
+        f'next     {program()} generate {report["run_dir"]} --prompt "…"',
     ]
     if report["mergeable"]:
-        lines.append(f"         luthier merge {result} --out merged")
+        lines.append(f"         {program()} merge {result} --out merged")
     return "\n".join(lines)

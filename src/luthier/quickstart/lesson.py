@@ -1,7 +1,7 @@
 """The quickstart from beginning to end, as four stages that a door shows as they go.
 
     1 base    a small Llama, pre-trained by `full` on generated text; from the cache when it is there
-    2 rows    notes and their records, training and held-out sides checked apart (run/data/held_out.json)
+    2 rows    notes and their records, training and held-out sides checked apart (`held_out` in run/data/ledger.json)
     3 tune    LoRA on the training rows: an ordinary run directory
     4 score   greedy answers of base and tuned model to every held-out note, exact match
 
@@ -72,8 +72,7 @@ def quickstart(out: Path, listen: Listener, sizes: dict[str, Any] | None = None)
     base = _base(sizes, out / BASE, listen)
     made, checked = _rows(out, sizes, listen)
     run, losses = _tune(out, base, made["train"], listen)
-    (run / "data").mkdir(exist_ok=True)
-    (run / "data" / "held_out.json").write_text(json.dumps(checked, indent=2) + "\n", encoding="utf-8")
+    _enter_into_ledger(run / "data" / "ledger.json", checked)
     listen.stage(f"4/4 scoring base and tuned model on {sizes['held_out_rows']} held-out notes")
     scores = {
         name: evaluate(
@@ -136,6 +135,12 @@ def _tune(out: Path, base: Path, rows: Path, listen: Listener) -> tuple[Path, li
         if isinstance(event, StepDone):
             losses.append(event.loss)
     return training.directory, losses
+
+
+def _enter_into_ledger(ledger: Path, checked: dict[str, Any]) -> None:
+    """The run's ledger tells what was held out, and that nothing of it is among the training rows."""
+    told = json.loads(ledger.read_text(encoding="utf-8"))
+    ledger.write_text(json.dumps({**told, "held_out": checked}, indent=2) + "\n", encoding="utf-8")
 
 
 def _samples(out: Path, count: int) -> list[Sample]:

@@ -17,7 +17,7 @@ _WIDTH = 48
 _LONGEST = 110
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: Report, program: str = "luthier") -> list[str]:
     """The closing page."""
     losses = report.losses
     return [
@@ -33,24 +33,24 @@ def lines(report: Report) -> list[str]:
         f"Done in {report.seconds:.0f} s.",
         "",
         "Ask it yourself:",
-        f'  luthier generate {report.run_dir} --prompt "{report.samples[0].note if report.samples else "..."}"',
-        f"  luthier merge {report.adapter_dir} --out merged",
+        f'  {program} generate {report.run_dir} --prompt "{report.samples[0].note if report.samples else "..."}"',
+        f"  {program} merge {report.adapter_dir} --out merged",
         "With your own model and data:",
-        "  luthier recipes cp lora-sft",
-        "  luthier train lora-sft.yaml model=PATH_OF_MODEL data.train=YOUR_ROWS.jsonl",
+        f"  {program} recipes cp lora-sft",
+        f"  {program} train lora-sft.yaml model=PATH_OF_MODEL data.train=YOUR_ROWS.jsonl",
     ]
 
 
-def show(report: Report, out: TextIO | None = None) -> None:
+def show(report: Report, program: str = "luthier", out: TextIO | None = None) -> None:
     out = out or sys.stdout
     if not out.isatty():
-        print("\n".join(lines(report)), file=out)
+        print("\n".join(lines(report, program)), file=out)
         return
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=out, highlight=False)
-    for line in lines(report):
+    for line in lines(report, program):
         console.print(Text(line, style=_style(line)), soft_wrap=True)
 
 
