@@ -75,14 +75,17 @@ def open_target(target: str | Path, *, base: str | None = None, data: dict[str, 
             raise ModelError("the adapter does not name its base", where=str(directory), remedy="pass --base MODEL")
         section = ModelSection(path=str(found), add_tokens=tuple(adapter.side.get("added_tokens", ())))
     device = resolve_device("auto")
-    loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device)
+    try:
+        loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device)
+    except ModelError as error:
+        if adapter is None or base is not None:
+            raise
+        what = f"the adapter's base does not load: {error.what}"
+        raise ModelError(what, where=str(directory), value=section.path, remedy="pass --base MODEL") from error
     notes: list[str] = []
     method = None
     if adapter is not None:
-        other = base is not None
-        method = load_adapter(
-            directory, loaded.model, base_fingerprint=loaded.fingerprint, other_base=other, notes=notes
-        )
+        method = load_adapter(directory, loaded.model, base_fingerprint=loaded.fingerprint, notes=notes)
         loaded.model.to(device)
     template = open_template(_template_text(directory), loaded.tokenizer)
     said_of_data = {**_data_of(recipe), **(data or {})}

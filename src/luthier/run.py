@@ -170,6 +170,11 @@ def _environment(work: Assembled) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lasting(base: str) -> str:
+    """A base that is a directory here is named by its whole path, so that the adapter works from anywhere."""
+    return str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
+
+
 def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
     """Result, picture, report and card; done again as a whole when a killed run is resumed here."""
     loaded, recipe = work.loaded, work.recipe
@@ -180,8 +185,8 @@ def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, 
         save_whole(loaded.model, loaded.tokenizer, template, result)
     else:
         save_adapter(
-            result, work.method, loaded.model, base_path=recipe.model.path, base_fingerprint=loaded.fingerprint,
-            added_tokens=loaded.added,
+            result, work.method, loaded.model, base_path=_lasting(recipe.model.path),
+            base_fingerprint=loaded.fingerprint, added_tokens=loaded.added,
         )  # fmt: skip
         save_tokenizer(loaded.tokenizer, template, result)
     fault("result.written")
@@ -264,12 +269,12 @@ def load(target: str | Path, *, base: str | None = None) -> Opened:
 
 def generate(
     target: str | Path | Opened, prompt: str, *, system: str | None = None, raw: bool = False,
-    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, base: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One answer: {"text", "tokens", "stopped"} (stopped: it ended by itself)."""
     if not 0.0 <= temperature < math.inf:
         raise UsageError("not a temperature", where="--temperature", value=temperature, remedy="0 is greedy, 1 plain")
-    opened = target if isinstance(target, Opened) else open_target(target)
+    opened = target if isinstance(target, Opened) else open_target(target, base=base)
     if system and (raw or opened.encoder.template is None):
         why = "--raw uses no chat template" if raw else "the target has no chat template"
         raise UsageError(f"a system message has no place: {why}", where="--system", remedy="write it into the prompt")
@@ -295,10 +300,10 @@ def reply(
 
 def evaluate(
     target: str | Path | Opened, *, on: str, exact_match: bool | None = None, max_new_tokens: int = 256,
-    max_tokens: int = 2048, limit: int | None = None, answers: str | None = None,
+    max_tokens: int = 2048, limit: int | None = None, answers: str | None = None, base: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Loss, perplexity and, where rows have answers, exact match; `dropped` counts the rows not scored."""
-    opened = target if isinstance(target, Opened) else open_target(target, data={"max_tokens": max_tokens})
+    opened = target if isinstance(target, Opened) else open_target(target, base=base, data={"max_tokens": max_tokens})
     section = DataSection(train=(DataSource(path=on),), max_tokens=max_tokens)
     prepared = prepare(section, opened.encoder, seed=0)
     samples, records = prepared.train[:limit], prepared.train_records[:limit]

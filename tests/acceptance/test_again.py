@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from luthier.engine import fault
 from luthier.engine.journal import read
+from luthier.models.load import save_whole
+from tiny import tiny, tiny_tokenizer
 
 CLOCK = (
     "{% for m in messages %}{% if loop.first %}<|im_start|>system\n{{ strftime_now('%d %B %Y %H:%M:%S.%f') }}"
@@ -82,3 +85,24 @@ def test_ended_between_result_and_report(
     assert first.keys() == again.keys() and all(bool((first[name] == again[name]).all()) for name in first)
     assert json.loads((run / "report.json").read_text())["result_dir"] == str(result)
     assert not list(run.glob(".*.left"))
+
+
+def test_an_adapter_works_from_anywhere_and_on_its_own_base_only(
+    luthier: Callable[..., Any], recipe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    (tmp_path / "work").mkdir()
+    shutil.copytree(base, tmp_path / "work" / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    assert luthier("train", recipe, "model=base", "train.max_steps=2", "--progress", "off").code == 0
+    shutil.move(tmp_path / "run" / "adapter", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    ask = ("generate", "moved", "--prompt", "say 3", "--max-new-tokens", 4)
+    first = luthier(*ask)
+    assert first.code == 0
+    shutil.move(tmp_path / "work" / "base", tmp_path / "base elsewhere")
+    gone = luthier(*ask)
+    assert gone.code == 2 and "the adapter's base" in gone.err and "--base" in gone.err
+    assert luthier(*ask, "--base", "base elsewhere").out == first.out
+    other = save_whole(tiny("llama", seed=5), tiny_tokenizer(), None, tmp_path / "other")
+    refused = luthier(*ask, "--base", other)
+    assert refused.code == 2 and "another base" in refused.err

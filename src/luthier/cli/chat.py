@@ -13,13 +13,16 @@ from luthier.contracts.errors import UsageError
 @click.command("chat")
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
 @click.option("--system", help="System message at the start.")
+@click.option("--base", type=click.Path(), help="Base model, where the adapter's own reference is not at hand.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0.0), help="0 is greedy.")
-def command(targets: tuple[str, ...], system: str | None, max_new_tokens: int, temperature: float) -> None:
+def command(
+    targets: tuple[str, ...], system: str | None, base: str | None, max_new_tokens: int, temperature: float
+) -> None:  # fmt: skip
     """Talk to runs, adapters or models. An empty line or end of input ends it; /reset starts over."""
     from luthier import run
 
-    talkers = [run.load(target) for target in targets]
+    talkers = [run.load(target, base=base) for target in targets]
     for name, talker in zip(targets, talkers, strict=True):
         if talker.encoder.template is None:
             raise UsageError("the target has no chat template", where=name, remedy="use `luthier generate --raw`")

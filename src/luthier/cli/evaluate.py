@@ -21,6 +21,7 @@ import click
 @click.option("--max-tokens", default=2048, show_default=True, type=click.IntRange(min=8), help="Longest row.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
 @click.option("--answers", type=click.Path(), help="Write every compared answer to this JSONL file.")
+@click.option("--base", type=click.Path(), help="Base model, where the adapter's own reference is not at hand.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(target: str, on: str, as_json: bool, **how: Any) -> None:
     """Score TARGET (run, adapter or model directory) on a file of rows."""

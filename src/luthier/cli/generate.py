@@ -20,6 +20,7 @@ import click
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0.0), help="0 is greedy.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the sampling, where temperature > 0.")
+@click.option("--base", type=click.Path(), help="Base model, where the adapter's own reference is not at hand.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, tokens, stopped.")
 def command(target: str, prompt: str, as_json: bool, **how: Any) -> None:
     """Answer one prompt with TARGET: a run directory, an adapter directory or a model directory."""
