@@ -172,7 +172,8 @@ def _environment(work: Assembled) -> dict[str, Any]:
 
 def _lasting(base: str) -> str:
     """A base that is a directory here is named by its whole path, so that the adapter works from anywhere."""
-    return str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base
+    place = Path(base).expanduser()
+    return os.path.abspath(place) if place.is_dir() else base
 
 
 def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
