@@ -7,7 +7,8 @@ recompute and pipeline schedules read it long after it was made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +90,9 @@ class Batch:
     group_Q    int64 (Q,) which sample of this batch the sequence belongs to (a pair, a group)
     samples    id of each sample in this batch, index = group; sources beside them
     segment_sample  for each segment, the index into `samples`
+    extra_Q    name -> float32 (Q,): what the samples carry for each sequence (label, margin); NaN where one has none
+
+    Scored tokens of one sample lie together, samples in order: a per-token array of a sample can be joined to N.
     """
 
     tokens_T: Tensor
@@ -102,6 +106,7 @@ class Batch:
     samples: tuple[int, ...]
     sources: tuple[Source, ...]
     segment_sample: tuple[int, ...]
+    extra_Q: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -118,4 +123,5 @@ class Batch:
             for name, value in vars(self).items()
             if name in self.__dataclass_fields__
         }
+        moved["extra_Q"] = {name: value.to(device, non_blocking=True) for name, value in self.extra_Q.items()}
         return Batch(**moved)

@@ -1,6 +1,6 @@
 """Rows on their way from a file to a batch.
 
-    raw dict + Source  ->  Record (Chat | Completion | Text)  ->  Sample (token pieces)  ->  Batch
+    raw dict + Source  ->  Record (Chat | Completion | Text | Pair | Judged)  ->  Sample (token pieces)  ->  Batch
 
 Each step keeps the `Source`, so that a loss spike, a dropped row or a failed check always leads back
 to `file:line`. A `Sample` is a small forest: SFT rows are one root piece; a preference pair is a prompt
@@ -60,7 +60,29 @@ class Text:
     source: Source
 
 
-Record = Chat | Completion | Text
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, the first preferred. Each side is a whole record, prompt and answer, of one kind.
+
+    Of two Chats, the messages that both begin with are the prompt and never trained.
+    """
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+    source: Source
+    margin: float | None = None  # by how much the first is better, where the data says so
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer and whether it is desirable. Of a Chat, all before the last assistant turn is the prompt."""
+
+    answer: Chat | Completion
+    desirable: bool
+    source: Source
+
+
+Record = Chat | Completion | Text | Pair | Judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +100,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row as the packer sees it. `sequences[q]` names the leaf piece whose scored tokens form sequence q."""
+    """A row as the packer sees it. `sequences[q]` names the piece whose scored tokens form sequence q.
+
+    A pair is a prompt root with two leaves and sequences (1, 2): chosen first, rejected second. Two answers without
+    a common token are two roots and sequences (0, 1).
+    """
 
     pieces: tuple[Piece, ...]
     source: Source
     id: int = -1  # index in the prepared data set; set by the data room, stable over epochs
     sequences: tuple[int, ...] = (0,)
-    extra: Mapping[str, Any] = field(default_factory=dict)  # what an objective needs besides tokens
+    extra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # name -> a number for each sequence
 
     @property
     def length(self) -> int:

@@ -7,7 +7,7 @@ random number, the same bins on every machine.
 
 `collate` lays the pieces of the samples one after another; a piece is a segment. The token at row i of a segment
 is predicted at row i - 1, a child's first token at its parent's last row, a root's first token by nothing: a weight
-there is a fault of the encoder and is refused. `unpack(collate(samples))` gives the samples back (but for `extra`,
+there is a fault of the encoder and is refused. `unpack(collate(samples))` gives the samples back (but for `extra`
 and a sequence without any scored token is taken to be its sample's last piece).
 """
 
@@ -99,6 +99,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         samples=tuple(sample.id for sample in samples),
         sources=tuple(sample.source for sample in samples),
         segment_sample=tuple(int(owner) for owner in np.repeat(np.arange(len(samples)), counts)),
+        extra_Q=_extra(samples),
     )
 
 
@@ -201,6 +202,20 @@ def _sequences(samples: Sequence[Sample]) -> tuple[NDArray[Any], list[int]]:
             group_Q.append(group)
         first += len(sample.pieces)
     return sequence_S, group_Q
+
+
+def _extra(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Numbers that samples carry for each of their sequences, NaN where a sample has none of that name."""
+    found = {}
+    for name in sorted({name for sample in samples for name in sample.extra}):
+        values: list[float] = []
+        for sample in samples:
+            own = sample.extra.get(name, (float("nan"),) * len(sample.sequences))
+            if len(own) != len(sample.sequences):
+                raise ValueError(f"collate: {sample.source}: {name} has {len(own)} numbers, not one for each sequence")
+            values += own
+        found[name] = torch.tensor(values, dtype=torch.float32)
+    return found
 
 
 def _segments(batch: Batch) -> list[int]:
