@@ -90,6 +90,7 @@ class Batch:
     group_Q    int64 (Q,) which sample of this batch the sequence belongs to (a pair, a group)
     samples    id of each sample in this batch, index = group; sources beside them
     segment_sample  for each segment, the index into `samples`
+    last_Q     int64 (Q,) index into T of the last token of the sequence's segment: where a score is read
     extra_Q    name -> float32 (Q,): what the samples carry for each sequence (label, margin); NaN where one has none
 
     Scored tokens of one sample lie together, samples in order: a per-token array of a sample can be joined to N.
@@ -107,6 +108,7 @@ class Batch:
     sources: tuple[Source, ...]
     segment_sample: tuple[int, ...]
     extra_Q: Mapping[str, Tensor] = field(default_factory=dict)
+    last_Q: Tensor | None = None  # None where nobody reads scores (checks, tests)
 
     @property
     def tokens(self) -> int:

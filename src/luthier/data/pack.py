@@ -82,6 +82,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sample = samples[_owner(counts, int(segment_N[scored_N < 0][0]))]
         raise ValueError(f"collate: {sample.source}: the first token of a root has a weight, nothing predicts it")
     sequence_S, group_Q = _sequences(samples)
+    ends_S = np.flatnonzero(sequence_S >= 0)
+    last_Q = np.empty(len(group_Q), dtype=np.int64)
+    last_Q[sequence_S[ends_S]] = start_S[ends_S] + lengths_S[ends_S] - 1
     sequence_N = sequence_S[segment_N]
     if (sequence_N < 0).any():
         sample = samples[_owner(counts, int(segment_N[sequence_N < 0][0]))]
@@ -100,6 +103,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         sources=tuple(sample.source for sample in samples),
         segment_sample=tuple(int(owner) for owner in np.repeat(np.arange(len(samples)), counts)),
         extra_Q=_extra(samples),
+        last_Q=torch.from_numpy(last_Q),
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.models.score_head import as_causal, causal_class
+
 SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
 _KINDS = 6
@@ -38,13 +40,13 @@ def subjects(model: nn.Module) -> Iterator[nn.Module]:
     size = sum(p.numel() for p in model.parameters())
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if size <= SMALL_MODEL_PARAMETERS and dtypes == {torch.float32} and _short_window(model.config):
-        yield model
+        yield as_causal(model)
         return
     for shrink in (True, False):
         made = _build(model, shrink)
         if made is not None:
             yield made
-    yield model
+    yield as_causal(model)
 
 
 def _short_window(config: Any) -> bool:
@@ -68,7 +70,7 @@ def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
             if text is not config:
                 _narrow(config)
         with torch.device("cpu"):
-            made = type(model)(config)
+            made = causal_class(model)(config)
     except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
         return None
     return made.float()

@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import ModelError
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
 from luthier.models.replace import replace_directory
+from luthier.models.score_head import HEAD, check_family, check_head, is_saved_with_score, settle_padding, start_head
 from luthier.models.switch import native_attention
 
 if TYPE_CHECKING:
@@ -44,6 +52,8 @@ class Loaded:
     fingerprint: str
     added: dict[str, int]  # the tokens of `model.add_tokens` and their ids
     unexpected: tuple[str, ...] = ()  # weights in the files that the model has no place for
+    reads: str = "logprobs"  # or "scores": a reward model
+    new_head: bool = False  # the score head is not in the files: drawn from `head_seed`
 
 
 @dataclass(frozen=True)
@@ -70,8 +80,15 @@ def load_text(section: ModelSection) -> TextSide:
     return TextSide(tokenizer, _ends(configured, tokenizer), most if isinstance(most, int) else None)
 
 
-def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
-    """Model in eval mode, tokenizer, template and stop ids as `section` asks. ModelError otherwise."""
+def load_model(
+    section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu", reads: str = "logprobs",
+    head_seed: int = 0,
+) -> Loaded:  # fmt: skip
+    """Model in eval mode, tokenizer, template and stop ids as `section` asks. ModelError otherwise.
+
+    `reads`: logprobs (a language model), scores (a reward model, of a language model too: its head is then new), or
+    saved (whichever of the two the directory says).
+    """
     if section.quantization != "none":
         raise ModelError(
             "quantised base weights are not there yet",
@@ -80,12 +97,17 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
             remedy="use none; nf4, int8 and fp8 arrive with the quantised weight formats",
         )
     directory = find_directory(section.path, section.revision)
-    scan(directory)
+    saved_with_score = is_saved_with_score(scan(directory))
+    reads = ("scores" if saved_with_score else "logprobs") if reads == "saved" else reads
     weight_files(directory)
     with _quiet():
-        model, unexpected = _model(directory, dtype)
+        model, unexpected = _model(directory, dtype, reads, saved_with_score)
         tokenizer = load_tokenizer(directory)
     added = add_tokens(model, tokenizer, section.add_tokens)
+    if reads == "scores":
+        settle_padding(model, tokenizer, stop_ids(model, tokenizer))
+        if not saved_with_score:
+            start_head(model, head_seed)
     model.to(device).eval()  # type: ignore[arg-type]
     return Loaded(
         model=model,
@@ -95,6 +117,8 @@ def load_model(section: ModelSection, *, dtype: torch.dtype, device: torch.devic
         fingerprint=fingerprint(directory),
         added=added,
         unexpected=unexpected,
+        reads=reads,
+        new_head=reads == "scores" and not saved_with_score,
     )
 
 
@@ -105,7 +129,9 @@ def checkpoint_dtype(path: str, revision: str | None = None) -> torch.dtype:
     return next((_DTYPES[name] for name in named if name in _DTYPES), torch.float32)
 
 
-def _model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _model(
+    directory: Path, dtype: torch.dtype, reads: str, saved_with_score: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     model_type = read_json(directory / "config.json")["model_type"]
     where = str(directory / "config.json")
     try:
@@ -114,14 +140,35 @@ def _model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[
         raise ModelError(f"transformers cannot read it: {_first(error)}", where=where, value=model_type) from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError("not a causal language model that transformers knows", where=where, value=model_type)
+    kind: Any = AutoModelForCausalLM
+    if reads == "scores":
+        check_family(config.model_type, where)
+        kind = AutoModelForSequenceClassification
+        if not saved_with_score:
+            config.num_labels = 1
+    elif saved_with_score:
+        raise ModelError("a reward model: it has a score head and no language head", where=where,
+                         value=config.architectures[0],
+                         remedy="pass the language model it was made from, or use objective: reward")  # fmt: skip
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
         )
     except Exception as error:
         raise ModelError(f"the weights do not load: {_first(error)}", where=str(directory)) from error
+    if reads == "scores":
+        check_head(model, where)
+    _check_whole(
+        report, directory, expected={f"{HEAD}.weight"} if reads == "scores" and not saved_with_score else set()
+    )
+    unexpected = {str(name) for name in report.get("unexpected_keys", ())}
+    return model, tuple(sorted(unexpected - ({"lm_head.weight", "lm_head.bias"} if reads == "scores" else set())))
+
+
+def _check_whole(report: dict[str, Any], directory: Path, expected: set[str]) -> None:
+    """ModelError where the files lack a weight that is not `expected` to be new, or have another shape of one."""
     for what in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report.get(what, ()))
+        names = sorted({str(name) for name in report.get(what, ())} - expected)
         if names:
             kind = what.removesuffix("_keys")
             raise ModelError(
@@ -130,7 +177,6 @@ def _model(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[
                 value=names[0],
                 remedy="fetch the model again, or pass the directory its config.json belongs to",
             )
-    return model, tuple(sorted(report.get("unexpected_keys", ())))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

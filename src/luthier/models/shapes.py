@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.models.score_head import score_head
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -54,7 +56,7 @@ class Shapes:
 def shapes_of(model: nn.Module) -> Shapes:
     """Look at every module once."""
     paths = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), output_head(model)
     linears = tuple(
         _linear(path, module) for path, module in model.named_modules() if _is_linear(module) and module is not head
     )
@@ -73,6 +75,12 @@ def shapes_of(model: nn.Module) -> Shapes:
         parameters=sum(p.numel() for _, p in named),
         uncovered=uncovered,
     )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The language head, or a reward model's score head."""
+    asked = getattr(model, "get_output_embeddings", lambda: None)()
+    return score_head(model) if asked is None else asked
 
 
 def linear_paths(model: nn.Module) -> list[str]:

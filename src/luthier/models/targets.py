@@ -22,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.contracts.errors import RecipeError
+from luthier.models.shapes import output_head
 from luthier.models.sites import Site, is_linear, original_name
 
 ALL_LINEAR = "all-linear"
@@ -177,7 +178,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def all_linear(model: nn.Module) -> list[str]:
     """Paths of every Linear and Conv1D, quantised ones too, but the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     while isinstance(head, Site):
         head = head.base_layer
     return [

@@ -1,5 +1,7 @@
 """The trunk: one packed batch in, log-probabilities of its scored tokens out, whatever sits in the model.
 
+Of a reward model, one score per sequence instead (`scores`, models/score_head.py).
+
 The base decoder runs once over the packed row under forest attention; the hidden rows at the scored positions
 are picked; the head turns them into log-probabilities. The head is looked at on every call, because methods swap
 modules after the trunk was opened:
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -24,9 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from luthier.contracts.batch import Batch
+from luthier.contracts.errors import ModelError
 from luthier.models.attention import forest_context
 from luthier.models.head import decoder_of
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
+from luthier.models.score_head import score_head, scores
 from luthier.models.sites import SavedModule, Site
 from luthier.models.switch import native_attention, switch_in, switch_out
 from luthier.models.unpacked import Path, paths_of
@@ -83,6 +87,11 @@ class Trunk:
         """logits_NV at the batch's scored positions, all of them at once: for checks on small batches."""
         return self._over(batch, self._logits)
 
+    def scores(self, batch: Batch) -> Tensor:
+        """scores_Q float32 of a reward model, read at each sequence's last token, differentiable."""
+        assert batch.last_Q is not None
+        return self._over(replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q]), self._scores)
+
     def _over(self, batch: Batch, end: End) -> Tensor:
         if self.path == "forest":
             with forest_context(batch.forest, self.facts.kernel):
@@ -125,6 +134,12 @@ class Trunk:
         if head_map is None:
             return self._whole(inputs, scored_N)
         return head_map.apply(self.model.get_output_embeddings()(self._hidden(inputs, scored_N)))
+
+    def _scores(self, inputs: dict[str, Tensor], last_Q: Tensor, targets_Q: Tensor) -> Tensor:
+        head = score_head(self.model)
+        if head is None:
+            raise ModelError("this model has no score head", value=type(self.model).__name__)
+        return scores(head, self._hidden(inputs, last_Q))
 
     def _hidden(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
         decoder = decoder_of(self.model)
