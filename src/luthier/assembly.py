@@ -19,6 +19,7 @@ from luthier.contracts.objective import Objective
 from luthier.contracts.record import Chat, Sample
 from luthier.data.encode import Encoder
 from luthier.data.mask import Masked
+from luthier.data.pairs import first_text
 from luthier.data.policy import MaskPolicy
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.stream import Stream, StreamSpec
@@ -69,7 +70,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     text = load_text(recipe.model)
     notes: list[str] = []
     encoder = encoder_of(recipe, text, notes, now)
-    prepared = prepare(data_section(recipe), encoder, seed=recipe.train.seed)
+    prepared = prepared_rows(recipe, encoder)
     dtype = torch.float32 if method.trains_base else precision.frozen
     loaded = load_model(recipe.model, dtype=dtype, device=device)
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
@@ -95,7 +96,17 @@ def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime |
         notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
         section = section.model_copy(update={"max_tokens": most})
     template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
-    return Encoder(text.tokenizer, template, section, text.stop_ids)
+    objective: Objective = resolve.build("objectives", recipe.objective)
+    return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
+
+
+def prepared_rows(recipe: Recipe, encoder: Encoder) -> Prepared:
+    """Every row read and encoded; rows that the objective does not train on are refused by name."""
+    objective: Objective = resolve.build("objectives", recipe.objective)
+    return prepare(
+        data_section(recipe), encoder, seed=recipe.train.seed, kinds=objective.records,
+        objective=str(recipe.objective["name"]),
+    )  # fmt: skip
 
 
 def data_section(recipe: Recipe) -> DataSection:
@@ -185,7 +196,8 @@ def _tokenizer_digest(loaded: Loaded) -> str:
 def gate_of(work: Assembled) -> GateSpec:
     """What the gate checks: the first real batches, and the prompts of inference against those of training."""
     ledger, facts = work.prepared.ledger, work.trunk.facts
-    chats = [record for record in work.prepared.train_records[:_PROMPTS] if isinstance(record, Chat)]
+    texts = map(first_text, work.prepared.train_records[:_PROMPTS])  # of a pair its chosen side
+    chats = [text for text in texts if isinstance(text, Chat)]
     seen = [(chat, work.encoder.masked(chat)) for chat in chats]
     return GateSpec(
         trunk=work.trunk, objective=work.objective, stream=work.stream, device=work.device,

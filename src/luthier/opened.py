@@ -18,7 +18,7 @@ import yaml
 from luthier.artifact.adapter import CONFIG, load_adapter, read_adapter
 from luthier.contracts.errors import ModelError
 from luthier.contracts.method import Method
-from luthier.contracts.record import Chat, Completion, Record, Source, Text
+from luthier.contracts.record import Chat, Completion, Source, Text
 from luthier.data.encode import Encoder
 from luthier.data.template import open_template
 from luthier.engine.precision import resolve_device, resolve_precision
@@ -45,13 +45,13 @@ class Opened:
     def tokenizer(self) -> Any:
         return self.loaded.tokenizer
 
-    def prompt_ids(self, record: Record) -> list[int]:
+    def prompt_ids(self, record: Chat | Completion | Text) -> list[int]:
         """The ids that inference feeds before the answer to a record."""
         if isinstance(record, Chat):
             return self.encoder.prompt_ids(record.messages, record.tools)
         return self.encoder.raw_prompt_ids(record.prompt if isinstance(record, Completion) else record.text)
 
-    def as_record(self, prompt: str, system: str | None, raw: bool) -> Record:
+    def as_record(self, prompt: str, system: str | None, raw: bool) -> Chat | Text:
         """A prompt as the target expects it: a conversation where it has a chat template, else plain text."""
         source = Source("--prompt", 1)
         if raw or self.encoder.template is None:

@@ -28,7 +28,15 @@ import luthier
 from luthier.artifact import fold
 from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
-from luthier.assembly import MICROBATCH_TOKENS, Assembled, assemble, data_section, encoder_of, engine_run, gate_of
+from luthier.assembly import (
+    MICROBATCH_TOKENS,
+    Assembled,
+    assemble,
+    encoder_of,
+    engine_run,
+    gate_of,
+    prepared_rows,
+)
 from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
 from luthier.data.ledger import Ledger
@@ -233,7 +241,7 @@ def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
     """The first rows as the model sees them: source, ids, tokens, trained (0/1), text, pieces of text."""
     notes: list[str] = []
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
-    prepared = prepare(data_section(recipe), encoder, seed=recipe.train.seed)
+    prepared = prepared_rows(recipe, encoder)
     for sample in islice(prepared.train, rows):
         ids = [int(token) for piece in sample.pieces for token in piece.tokens]
         trained = [int(weight > 0) for piece in sample.pieces for weight in piece.weights]
@@ -257,7 +265,7 @@ def _text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 def data_check(recipe: Recipe) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
     encoder = encoder_of(recipe, load_text(recipe.model), [])
-    return prepare(data_section(recipe), encoder, seed=recipe.train.seed).ledger
+    return prepared_rows(recipe, encoder).ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

@@ -154,7 +154,7 @@ def test_one_format_per_file() -> None:
     ("row", "says"),
     [
         ({"a": 1}, "alpaca: instruction"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"prompt": "p", "chosen": "a"}, "preference: chosen rejected"),
         ({}, "no column"),
     ],
 )
@@ -164,7 +164,8 @@ def test_unknown_columns_are_listed(row: dict[str, Any], says: str) -> None:
 
 
 def test_every_format_is_found_by_its_file() -> None:
-    assert [item.NAME for item in known()] == ["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    names = ["preference", "unpaired", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    assert [item.NAME for item in known()] == names
     assert named("alpaca").NAME == "alpaca"
     with pytest.raises(DataError, match="did you mean sharegpt"):
         named("share_gpt")
@@ -186,6 +187,16 @@ SHAPES: list[dict[str, Any]] = [
     {"instruction": "i", "input": "x", "output": "o", "system": "s", "history": [["u", "v"]]},
     {"prompt": [USER], "completion": [ANSWER]},
     {"text": "t"},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.5},
+    {
+        "prompt": [USER],
+        "chosen": [ANSWER],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "tools": [{"name": "f"}],
+    },
+    {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"messages": [USER, ANSWER], "label": True},
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every file of the real inputs that holds rows for supervised tuning is read whole, and the ledger balances."""
+"""Every file of the real inputs that holds rows to train on is read whole, and the ledger balances."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ FILES = {
     "torchtune/alpaca_tiny.json": ("Chat", 100),
     "torchtune/chat_tiny.json": ("Chat", 1),
     "torchtune/instruct_tiny.json": ("Completion", 2),
+    "llamafactory/dpo_en_demo.json": ("Pair", 300),
+    "llamafactory/v1_dpo_demo.jsonl": ("Pair", 10),
+    "llamafactory/kto_en_demo.json": ("Judged", 300),
+    "torchtune/hh_rlhf_tiny.json": ("Pair", 1),
+    "torchtune/stack_exchange_paired_tiny.json": ("Pair", 25),
 }
-NOT_OURS = [
-    "llamafactory/dpo_en_demo.json", "llamafactory/kto_en_demo.json", "llamafactory/v1_dpo_demo.jsonl",
-    "torchtune/hh_rlhf_tiny.json", "fastchat/mt_bench_question.jsonl", "self_instruct/seed_tasks.jsonl",
-]  # fmt: skip
+NOT_OURS = ["fastchat/mt_bench_question.jsonl", "self_instruct/seed_tasks.jsonl"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -19,13 +19,6 @@ from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
 
 _FIRST_ROWS = 10
-_PREFERENCE = (
-    {"chosen", "rejected"},
-    {"chosen_messages", "rejected_messages"},
-    {"preferred_output"},
-    {"kto_tag"},
-    {"messages", "label"},
-)
 
 
 class Format(Protocol):
@@ -62,16 +55,11 @@ def named(name: str) -> Format:
 def pick(rows: Sequence[tuple[Mapping[str, Any], Source]]) -> Format:
     """The format of the first of these rows that has one."""
     for row, _ in rows:
-        if _prefers(row):
-            continue
         for item in known():
             if item.detect(row):
                 return item
     row, source = rows[0]
-    if _prefers(row):
-        remedy = "these are preference rows and no objective here trains on them: give one answer per row"
-    else:
-        remedy = "rename columns to those of a format: " + "; ".join(f"{i.NAME}: {i.COLUMNS}" for i in known())
+    remedy = "rename columns to those of a format: " + "; ".join(f"{i.NAME}: {i.COLUMNS}" for i in known())
     raise DataError("no known format has these columns", where=str(source), value=_columns(row), remedy=remedy)
 
 
@@ -99,10 +87,6 @@ def records(
             on_bad(error, source)
         else:
             yield record
-
-
-def _prefers(row: Mapping[str, Any]) -> bool:
-    return any(columns <= row.keys() for columns in _PREFERENCE)
 
 
 def _columns(row: Mapping[str, Any]) -> str:

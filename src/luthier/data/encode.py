@@ -3,6 +3,7 @@
     Chat        template, mask (mask.py); the text carries its own bos, none is added
     Completion  prompt + completion + eos, one text; the completion and the stop token train
     Text        bos (if the tokenizer puts one before raw text) + text + eos; every token but the first trains
+    Pair        both texts as above, then one prompt with two leaves (pairs.py); Judged: its answer, and a label
 
 Overlong rows follow `data.overlong`: a shortened row is a slice of the whole row and its mask the same slice, so no
 token's weight ever depends on a cut. `split` cuts conversations after answers and plain text into windows that share
@@ -20,8 +21,9 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from luthier.contracts.errors import DataError
-from luthier.contracts.record import Chat, Completion, Piece, Record, Sample, Source, Text
+from luthier.contracts.errors import DataError, RecipeError
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample, Source, Text
+from luthier.data import pairs
 from luthier.data.ledger import Dropped
 from luthier.data.mask import Masked, Masker
 from luthier.data.policy import MaskPolicy, message_weights
@@ -55,9 +57,11 @@ class Encoder:
     """Tokenizer, template and policy of one run. `samples` and `pieces` are pure; `escaped` counts as they go."""
 
     def __init__(
-        self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = ()
-    ) -> None:
+        self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = (), *,
+        score_prompt: bool = False,
+    ) -> None:  # fmt: skip
         self.tokenizer, self.template = tokenizer, template
+        self.score_prompt = score_prompt  # of pairs: what the objective asks for
         self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)
         self.policy = MaskPolicy(
             tuple(section.mask.roles), section.mask.last_turn_only, section.mask.thinking,
@@ -93,6 +97,12 @@ class Encoder:
 
         Raises Dropped where a policy drops the row, DataError where the row is wrong.
         """
+        if isinstance(record, Pair):
+            return [self._pair(record)]
+        if isinstance(record, Judged):
+            self._refuse_split()
+            (answer,) = pairs.sides(record)
+            return [pairs.judged_sample(record, sample) for sample in self.samples(answer)]
         made: list[Sample] = []
         rows = self._rows(record)
         for tokens_T, weights_T, cuts in rows:
@@ -135,7 +145,31 @@ class Encoder:
         ids: list[int] = self.vocabulary.encode(prompt).ids_T.tolist()
         return self._begin(ids) + ids
 
-    def _rows(self, record: Record) -> list[Row]:
+    def _pair(self, record: Pair) -> Sample:
+        self._refuse_split()
+        sides: list[pairs.Side] = []
+        for side in pairs.sides(record):
+            rows = self._rows(side)
+            if len(rows) > 1:
+                raise DataError(
+                    "an answer of several turns cannot be split", where=str(record.source), value=f"{len(rows)} turns",
+                    remedy="set data.mask.thinking: as_template | keep_all",
+                )  # fmt: skip
+            sides.append(rows[0][:2])
+        longest = max(len(tokens_T) for tokens_T, _ in sides)
+        if longest > self.max_tokens and self.overlong == "error":
+            raise self._too_long(record.source, longest)
+        one, other = pairs.fitted(sides[0], sides[1], self.max_tokens, self.overlong)
+        return pairs.pair_sample(record, one, other, score_prompt=self.score_prompt)
+
+    def _refuse_split(self) -> None:
+        if self.overlong == "split":
+            raise RecipeError(
+                "pairs and judged answers cannot be split into several rows", where="data.overlong", value="split",
+                remedy="use drop, truncate_left, truncate_right or error",
+            )  # fmt: skip
+
+    def _rows(self, record: Chat | Completion | Text) -> list[Row]:
         if isinstance(record, Chat):
             return [self._chat(one) for one in self._per_answer(record)]
         if isinstance(record, Completion):
@@ -240,8 +274,11 @@ class Encoder:
             return [(0, limit)]
         if self.overlong == "split":
             return split(length, limit, cuts, overlap=0 if isinstance(record, Chat) else 1)
-        raise DataError(
-            "the row is longer than data.max_tokens", where=str(record.source), value=f"{length} tokens",
+        raise self._too_long(record.source, length)
+
+    def _too_long(self, source: Source, length: int) -> DataError:
+        return DataError(
+            "the row is longer than data.max_tokens", where=str(source), value=f"{length} tokens",
             remedy="raise data.max_tokens, or set data.overlong: drop | truncate_left | truncate_right | split",
         )  # fmt: skip
 

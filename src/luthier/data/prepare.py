@@ -22,6 +22,7 @@ from luthier.contracts.record import Record, Sample, Source
 from luthier.data.bytestream import open_bytes
 from luthier.data.detect import records
 from luthier.data.faults import Faults
+from luthier.data.kinds import SUPERVISED, check_kind
 from luthier.data.ledger import Account, Dropped, Ledger
 from luthier.data.order import key
 from luthier.data.pack import compact
@@ -88,10 +89,15 @@ class _Bad:
         self.faults.add(error, source)
 
 
-def prepare(section: DataSection, encoder: Encoder, *, seed: int) -> Prepared:
-    """Read, encode, split and count; raises DataError for wrong rows (strict) and where no row is left."""
+def prepare(
+    section: DataSection, encoder: Encoder, *, seed: int, kinds: Sequence[str] = SUPERVISED, objective: str = "sft"
+) -> Prepared:
+    """Read, encode, split and count; raises DataError for wrong rows (strict) and where no row is left.
+
+    `kinds`: the records that the objective of that name trains on.
+    """
     ledger = Ledger()
-    reading = _Reading(section, encoder, ledger, seed)
+    reading = _Reading(section, encoder, ledger, seed, tuple(kinds), objective)
     kept = reading.rows(section.train, "train")
     held = reading.rows(section.eval, "eval") if isinstance(section.eval, tuple) else []
     reading.faults.raise_all()
@@ -156,6 +162,8 @@ class _Reading:
     encoder: Encoder
     ledger: Ledger
     seed: int
+    kinds: tuple[str, ...]
+    objective: str
     faults: Faults = field(default_factory=Faults)
 
     def rows(self, sources: Sequence[DataSource], use: str) -> list[_Kept]:
@@ -169,6 +177,7 @@ class _Reading:
                 for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
                     account.read += 1
                     row += 1
+                    check_kind(record, self.kinds, self.objective)
                     copies = _copies(spec.weight, self.seed, number, row)
                     if not copies:
                         account.drop(f"left out by weight {spec.weight:g}", record.source)

@@ -1,7 +1,8 @@
 """Exact match: the greedy answer equals the expected one, compared after stripping outer white space.
 
-A row is a question and its last assistant turn (Chat) or a prompt and its completion (Completion); the model
-sees the same prompt ids as in training (`prompt_of`). Rows without such an answer are counted, never guessed.
+A row is a question and its last assistant turn (Chat) or a prompt and its completion (Completion), of a pair the
+chosen one; the model sees the same prompt ids as in training (`prompt_of`). Rows without such an answer are
+counted, never guessed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Record
+from luthier.data.pairs import first_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,14 @@ class Answer:
 class Question:
     """A prompt as the template wants it, and the answer to expect."""
 
-    record: Record
+    record: Chat | Completion
     prompt: str
     expected: str
 
 
 def question(record: Record) -> Question | None:
     """The question of a row, or None where it has none (plain text, no closing assistant turn)."""
+    record = first_text(record)
     if isinstance(record, Completion):
         return Question(record, record.prompt, record.completion)
     if isinstance(record, Chat) and len(record.messages) > 1 and record.messages[-1]["role"] == "assistant":
@@ -52,7 +55,7 @@ def question(record: Record) -> Question | None:
 
 def exact_match(
     records: Sequence[Record],
-    prompt_of: Callable[[Record], list[int]],
+    prompt_of: Callable[[Chat | Completion], list[int]],
     respond: Callable[[list[list[int]]], list[str]],
 ) -> dict[str, Any]:
     """`exact_match` (share), `rows` compared, `rows_without_answer`, and the `answers` themselves."""

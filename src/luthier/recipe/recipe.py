@@ -69,7 +69,9 @@ class DataSource(Section):
     path: Name = _field(..., "File or glob: jsonl, json, parquet, csv, txt, also .gz and .zst.")
     weight: Float = _field(1.0, "How often its rows are seen per epoch; 0.5 takes half of them.", unit="times", gt=0)
     format: Name | None = _field(
-        None, "Shape of the rows (messages, prompt_completion, alpaca, sharegpt, text); default: detected."
+        None,
+        "Shape of the rows (messages, prompt_completion, alpaca, sharegpt, preference, unpaired, text); "
+        "default: detected.",
     )
     split: Name | None = _field(None, "Split of a data set directory, such as train.")
 

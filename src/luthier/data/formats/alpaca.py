@@ -22,6 +22,12 @@ def detect(row: Mapping[str, Any]) -> bool:
 
 
 def read(row: Mapping[str, Any], source: Source) -> Chat:
+    answer = {"role": "assistant", "content": text_of(row.get("output"), source, "output")}
+    return chat([*asked_of(row, source), answer], source, tools=row.get("tools"))
+
+
+def asked_of(row: Mapping[str, Any], source: Source) -> list[dict[str, Any]]:
+    """The conversation up to the answer: system, history, instruction and input."""
     asked = text_of(row.get("instruction"), source, "instruction", may_be_empty=bool(row.get("input")))
     given = text_of(row.get("input") or "", source, "input", may_be_empty=True)
     if given.strip():
@@ -42,5 +48,4 @@ def read(row: Mapping[str, Any], source: Source) -> Chat:
         messages.append({"role": "user", "content": text_of(pair[0], source, f"history[{index}][0]")})
         messages.append({"role": "assistant", "content": text_of(pair[1], source, f"history[{index}][1]")})
     messages.append({"role": "user", "content": asked})
-    messages.append({"role": "assistant", "content": text_of(row.get("output"), source, "output")})
-    return chat(messages, source, tools=row.get("tools"))
+    return messages

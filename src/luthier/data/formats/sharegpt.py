@@ -24,6 +24,12 @@ def detect(row: Mapping[str, Any]) -> bool:
 
 
 def read(row: Mapping[str, Any], source: Source) -> Chat:
+    messages, field = turns_of(row, source)
+    return chat(messages, source, tools=row.get("tools"), field=field)
+
+
+def turns_of(row: Mapping[str, Any], source: Source) -> tuple[list[dict[str, Any]], str]:
+    """The turns as messages, the system prompt of its own column first; and the name of their column."""
     field = "conversations" if "conversations" in row else "conversation"
     turns = row.get(field)
     if isinstance(turns, str) and turns.strip().startswith("["):  # a cell of a table
@@ -36,17 +42,18 @@ def read(row: Mapping[str, Any], source: Source) -> Chat:
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise wrong("there are no turns", source, field, value=kind_of(turns), remedy='a list of {"from", "value"}')
     for index, turn in enumerate(turns):
-        messages.append(_message(turn, source, f"{field}[{index}]"))
+        messages.append(turn_of(turn, source, f"{field}[{index}]"))
     if ahead and len(messages) > 1 and messages[1]["role"] == "system":
         raise wrong("two system prompts", source, f"{field}[0]", value="and the column system", remedy="keep one")
-    return chat(messages, source, tools=row.get("tools"), field=field)
+    return messages, field
 
 
-def _message(turn: Any, source: Source, place: str) -> dict[str, Any]:
+def turn_of(turn: Any, source: Source, place: str) -> dict[str, Any]:
+    """One turn of either form as a message."""
     if not isinstance(turn, Mapping):
         raise wrong("a turn is not an object", source, place, value=kind_of(turn),
                     remedy='{"from": "human", "value": "…"}')  # fmt: skip
-    if "from" not in turn and "role" in turn:
+    if "from" not in turn and ("role" in turn or "content" in turn):
         return dict(turn)
     speaker, value = turn.get("from"), turn.get("value")
     made = {name: turn[name] for name in _KEPT if name in turn}
