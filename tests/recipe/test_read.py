@@ -18,6 +18,7 @@ import luthier
 from luthier.contracts.errors import LuthierError
 from luthier.recipe.read import read, read_recipe
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.resolve import names
 
 Write = Callable[[str], str]
 SMALL = "model: m\ndata: x.jsonl\n"
@@ -72,12 +73,13 @@ def test_every_error_at_once_in_the_order_of_the_text(write: Write) -> None:
         'method: {name: lora, r: "16", lora_alhpa: 3}\nobjective: sftt\n'
         "train:\n  epochs: yes\n  scedule: cosine\n  microbatch_tokens: atuo\nwat: 3\n"
     )
+    objectives = ", ".join(names("objectives"))
     assert lines_of(write(text)) == [
         "recipe: unknown field `data.max_token` — r.yaml:4:3 — did you mean `max_tokens`?",
         "recipe: `data.eval` takes a number > 0 and < 1 — r.yaml:5:9 — saw 1.5",
         'recipe: `method.r` takes a whole number >= 1 — r.yaml:6:25 — saw "16" — write 16',
         "recipe: unknown field `method.lora_alhpa` — r.yaml:6:31 — did you mean `lora_alpha`?",
-        "recipe: unknown objective — r.yaml:7:12 — saw sftt — did you mean `sft`? objectives: sft",
+        f"recipe: unknown objective — r.yaml:7:12 — saw sftt — did you mean `sft`? objectives: {objectives}",
         'recipe: `train.epochs` takes a number > 0 — r.yaml:9:11 — saw "yes"',
         "recipe: unknown field `train.scedule` — r.yaml:10:3 — did you mean `schedule`?",
         (

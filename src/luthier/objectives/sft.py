@@ -63,8 +63,15 @@ class SFT(Objective):
             return super().weight(batch)
         return float(torch.unique(batch.sequence_N[batch.weights_N > 0]).numel())
 
+    def coefficients(self, batch: Batch, stats: Any) -> Tensor:
+        """-w_n: the loss is linear in the log-probabilities, whatever they are."""
+        return -self.token_weights(batch)
+
+    def token_weights(self, batch: Batch) -> Tensor:
+        """What each scored token counts in the sum. (N,)"""
+        if self.normalize == "tokens":
+            return batch.weights_N
+        return sequence_weights(batch.weights_N, batch.sequence_N, batch.group_Q.numel())
+
     def loss(self, out: Scored, batch: Batch, stats: Any) -> Loss:
-        weights_N = batch.weights_N
-        if self.normalize == "sequences":
-            weights_N = sequence_weights(weights_N, batch.sequence_N, batch.group_Q.numel())
-        return Loss(sft_loss(out.logprobs_N, weights_N))
+        return Loss(sft_loss(out.logprobs_N, self.token_weights(batch)))
