@@ -41,6 +41,7 @@ from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
 from luthier.data.ledger import Ledger
 from luthier.data.prepare import prepare
+from luthier.data.show import shown
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.durable import replace_text, unwritable
 from luthier.engine.fault import fault
@@ -238,28 +239,12 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
-    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text, pieces of text."""
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair."""
     notes: list[str] = []
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
     prepared = prepared_rows(recipe, encoder)
     for sample in islice(prepared.train, rows):
-        ids = [int(token) for piece in sample.pieces for token in piece.tokens]
-        trained = [int(weight > 0) for piece in sample.pieces for weight in piece.weights]
-        yield {
-            "source": str(sample.source), "ids": ids, "tokens": encoder.tokenizer.convert_ids_to_tokens(ids),
-            "trained": trained, "text": encoder.tokenizer.decode(ids), "pieces": _text_pieces(encoder.tokenizer, ids),
-        }  # fmt: skip
-
-
-def _text_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds, so that the pieces joined are the decoded text."""
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        whole = "" if text.endswith("\ufffd") and end < len(ids) else text[len(shown) :]
-        pieces.append(whole)
-        shown += whole
-    return pieces
+        yield shown(sample, encoder.tokenizer)
 
 
 def data_check(recipe: Recipe) -> Ledger:

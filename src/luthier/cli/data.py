@@ -32,7 +32,10 @@ def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="How many rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row: source, ids, tokens, trained, text.")
 def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
-    """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour)."""
+    """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour).
+
+    A pair is shown as its prompt, the chosen and the rejected answer, the trained tokens of the last in red.
+    """
     read = _read(recipe, overrides)
     from luthier import run
 
@@ -63,12 +66,29 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _show_row(row: dict[str, Any]) -> None:
     trained = sum(row["trained"])
-    click.echo(click.style(f"— {row['source']}: {len(row['ids'])} tokens, {trained} trained", bold=True))
+    said = "".join(f", {name} {' '.join(f'{value:g}' for value in values)}" for name, values in _said(row).items())
+    click.echo(click.style(f"— {row['source']}: {len(row['ids'])} tokens, {trained} trained{said}", bold=True))
+    parts = row.get("parts") or [{"name": None, "start": 0, "end": len(row["ids"])}]
+    for part in parts:
+        span = slice(part["start"], part["end"])
+        label = f"[{part['name']}] " if part["name"] else ""
+        colour = "red" if part["name"] == "rejected" else "green"
+        click.echo(label + _marked(row["pieces"][span], row["trained"][span], colour))
+    click.echo()
+
+
+def _said(row: dict[str, Any]) -> dict[str, list[float]]:
+    """What the row says of its answers; the label of a pair is its order."""
+    return {name: values for name, values in row.get("extra", {}).items() if name != "label" or "parts" not in row}
+
+
+def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
+    """The text with its trained tokens coloured, or in brackets where there is no colour."""
     coloured = sys.stdout.isatty()
     parts, inside = [], False
-    for text, flag in zip(row["pieces"], row["trained"], strict=True):
+    for text, flag in zip(pieces, trained, strict=True):
         if bool(flag) != inside and not coloured:
             parts.append("⟦" if flag else "⟧")
         inside = bool(flag)
-        parts.append(click.style(text, fg="green") if flag and coloured else text)
-    click.echo("".join(parts) + ("⟧" if inside and not coloured else "") + "\n")
+        parts.append(click.style(text, fg=colour) if flag and coloured else text)
+    return "".join(parts) + ("⟧" if inside and not coloured else "")
