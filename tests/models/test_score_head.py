@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SPECIAL, tiny, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -20,6 +19,7 @@ from luthier.models.score_head import as_causal, padding_of, score_head
 from luthier.models.shapes import linear_paths, shapes_of
 from luthier.models.switch import native_attention
 from luthier.recipe.recipe import ModelSection
+from tiny import SPECIAL, tiny, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gpt2")
 
