@@ -29,6 +29,7 @@ from luthier.contracts.errors import LuthierError, ModelError, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names, token_rows
 from luthier.models.replace import replace_directory
+from luthier.models.score_head import PEFT_HEADS, SCORES, score_head
 from luthier.models.sites import detach, locate
 from luthier.recipe import resolve
 
@@ -49,6 +50,11 @@ class AdapterFile:
     @property
     def base_path(self) -> str | None:
         return self.side.get("base", {}).get("path") or self.config.get("base_model_name_or_path")
+
+    @property
+    def reads(self) -> str:
+        """`scores` where it makes a reward model of its base, else `logprobs`."""
+        return "scores" if self.config.get("task_type") == SCORES else "logprobs"
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -113,6 +119,7 @@ def load_adapter(
             value=f"{file.base_fingerprint} in the adapter, {base_fingerprint} loaded",
             remedy="load its own base, or ask for another base on purpose",
         )  # fmt: skip
+    _check_head(file, model)
     method = _method_of(file)
     for note in file.notes:
         notes.append(note) if notes is not None else warnings.warn(note, stacklevel=2)
@@ -125,6 +132,15 @@ def load_adapter(
         detach(model)
         raise
     return method
+
+
+def _check_head(file: AdapterFile, model: nn.Module) -> None:
+    """A reward adapter wants a model with a score head, every other adapter one without."""
+    has = "logprobs" if score_head(model) is None else "scores"
+    if "task_type" in file.config and file.reads != has:
+        what = "a reward model's (SEQ_CLS), and the base was loaded as a language model"
+        other = "a language model's, and the base was loaded as a reward model"
+        raise ModelError(f"the adapter is {what if file.reads == 'scores' else other}", where=str(file.directory))
 
 
 def _method_of(file: AdapterFile) -> Method:
@@ -158,6 +174,7 @@ def _explicit(method: Method, file: AdapterFile) -> Method:
     own, _ = _split(file.tensors)
     names = [name for name in own if not name.endswith((".bias", ".base_layer.weight"))]
     saved: Sequence[str] = getattr(method, "modules_to_save", None) or ()
+    saved = (*saved, *PEFT_HEADS) if file.reads == "scores" else saved
     paths = {peft_names.module_of(name) for name in names}
     targets = tuple(sorted(path for path in paths if not any(_within(path, name) for name in saved)))
     return replace(given, target_modules=targets, exclude_modules=None)

@@ -29,6 +29,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names
 from luthier.models.low_rank import DTYPES, LowRank, LowRankEmbedding, check_foldable, fold
+from luthier.models.score_head import HEAD, PEFT_HEADS, SCORES, score_head, task_type
 from luthier.models.sites import (
     AdaptedEmbedding,
     AdaptedLinear,
@@ -145,13 +146,17 @@ class LoRA(Method):
         """`lora_alpha`, or 2 r where the recipe leaves it open."""
         return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
 
-    @property
-    def targets(self) -> Targets:
+    def targets(self, model: nn.Module) -> Targets:
         return Targets(
             target_modules=self.target_modules, exclude_modules=self.exclude_modules,
-            modules_to_save=self.modules_to_save, layers_to_transform=self.layers_to_transform,
+            modules_to_save=self.saved(model), layers_to_transform=self.layers_to_transform,
             layers_pattern=self.layers_pattern,
         )  # fmt: skip
+
+    def saved(self, model: nn.Module) -> tuple[str, ...]:
+        """`modules_to_save`, and the score head of a reward model: it starts at random, so it trains whole."""
+        own = self.modules_to_save
+        return own if score_head(model) is None or HEAD in own else (*own, HEAD)
 
     def delta(self, path: str, base: nn.Module) -> LowRank:
         """What goes beside one module; methods that build on LoRA override this."""
@@ -164,12 +169,12 @@ class LoRA(Method):
         return made
 
     def check(self, model: nn.Module) -> None:
-        check_targets(model, self.targets, {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
+        check_targets(model, self.targets(model), {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
 
     def attach(self, model: nn.Module) -> None:
         if sites(model):
             raise RecipeError("the model already carries an adapter", where="method", remedy="merge or detach it first")
-        found, saved = find_targets(model, self.targets), find_saved(model, self.modules_to_save)
+        found, saved = find_targets(model, self.targets(model)), find_saved(model, self.saved(model))
         for path in (*found, *saved):
             if others := tied_to(model, path):
                 raise RecipeError(
@@ -227,13 +232,13 @@ class LoRA(Method):
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             targets = shortest_names(model, list(adapted))
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.r, "lora_alpha": _whole(self.alpha),
+            "peft_type": "LORA", "task_type": task_type(model), "r": self.r, "lora_alpha": _whole(self.alpha),
             "lora_dropout": self.lora_dropout, "bias": self.bias, "use_rslora": self.use_rslora, "use_dora": False,
             "target_modules": _plain(targets), "exclude_modules": _plain(self.exclude_modules),
             "layers_to_transform": _plain(self.layers_to_transform), "layers_pattern": _plain(self.layers_pattern),
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": {key: _whole(value) for key, value in self.alpha_pattern.items()},
-            "modules_to_save": _plain(self.modules_to_save) or None, "init_lora_weights": self.init_lora_weights,
+            "modules_to_save": _plain(self.saved(model)) or None, "init_lora_weights": self.init_lora_weights,
             "lora_bias": self.lora_bias, "fan_in_fan_out": bool(inner) and all(isinstance(m, Conv1D) for m in inner),
         }  # fmt: skip
 
@@ -252,6 +257,8 @@ class LoRA(Method):
             )  # fmt: skip
         names = {spec.name for spec in fields(cls)} - {"init_lora_weights"}
         known = {key: value for key, value in config.items() if key in names and value is not None}
+        if config.get("task_type") == SCORES:  # PEFT lists the heads of all families there; a model has one of them
+            known["modules_to_save"] = tuple(m for m in known.get("modules_to_save", ()) if m not in PEFT_HEADS)
         return cls(**{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init == "gaussian" else True)
 
 

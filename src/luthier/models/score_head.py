@@ -29,6 +29,8 @@ from transformers.models.auto.modeling_auto import (
 from luthier.contracts.errors import ModelError
 
 HEAD = "score"
+SCORES = "SEQ_CLS"  # PEFT's task type of a model with such a head
+PEFT_HEADS = ("classifier", "score")  # what PEFT adds to `modules_to_save` of every SEQ_CLS adapter
 _SUFFIX = "ForSequenceClassification"
 
 
@@ -36,6 +38,11 @@ def score_head(model: nn.Module) -> nn.Module | None:
     """What computes the score (a site that stands there included), None where the model is no reward model."""
     named = type(model).__name__.endswith(_SUFFIX)
     return model._modules.get(HEAD) if named else None
+
+
+def task_type(model: nn.Module) -> str:
+    """PEFT's word for what an adapter of this model is for."""
+    return "CAUSAL_LM" if score_head(model) is None else SCORES
 
 
 def is_saved_with_score(config: Any) -> bool:
