@@ -36,6 +36,7 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {
         {"loss_type": ("hinge", "ipo", "sft"), "ld_alpha": 0.4},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5},
     ],
+    "reward": [{"center_rewards_coefficient": 0.1}],
 }
 
 

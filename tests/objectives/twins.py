@@ -124,4 +124,10 @@ def simpo(objective: Any, rows: list[Row]) -> float:
     return mean([-(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x) for x in leads])
 
 
-TWINS: dict[str, Callable[[Any, list[Row]], float]] = {"sft": sft, "dpo": dpo, "simpo": simpo}
+def reward(objective: Any, rows: list[Row]) -> float:
+    center = objective.center_rewards_coefficient or 0.0
+    leads = [row.scores[0] - row.scores[1] - row.extra["margin"][0] for row in rows]
+    return mean([-log_sigmoid(x) for x in leads]) + center * mean([sum(row.scores[:2]) ** 2 for row in rows])
+
+
+TWINS: dict[str, Callable[[Any, list[Row]], float]] = {"sft": sft, "dpo": dpo, "simpo": simpo, "reward": reward}

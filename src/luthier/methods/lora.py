@@ -169,7 +169,9 @@ class LoRA(Method):
         return made
 
     def check(self, model: nn.Module) -> None:
-        check_targets(model, self.targets(model), {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
+        check_targets(
+            model, self.targets(model), {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        )
 
     def attach(self, model: nn.Module) -> None:
         if sites(model):
