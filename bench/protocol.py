@@ -1,7 +1,7 @@
 """One process for each system, driven step by step through pipes: JSON lines, so environments never meet.
 
     driver -> worker   {"do": "open", ...settings}   {"do": "step"}   {"do": "close"}
-    worker -> driver   {"rows": [[...], ...]}         {"loss": 10.4}   {"tensors": file}, each with "seconds"
+    worker -> driver   {"plan": [[...], ...]}         {"loss": 10.4}   {"tensors": file}, each with "seconds"
                        and "peak_bytes"
 
 A worker is a generator: it gets the settings, yields an opening reply, then one reply for each step, and returns
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,44 @@ def serve(worker: Worker) -> None:
     """Read commands from stdin until close; called by each worker's `main`."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    steps: Generator[Reply, None, Reply] | None = None
+    answer = Answering(worker)
     for line in sys.stdin:
         command = json.loads(line)
-        begin = time.perf_counter()
-        if command["do"] == "open":
-            steps = worker(command)
-        assert steps is not None
-        try:
-            reply = next(steps)
-        except StopIteration as stop:
-            reply = stop.value or {}
-        reply = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes(), **reply}
-        print(json.dumps(reply), file=out, flush=True)
+        print(json.dumps(answer(command)), file=out, flush=True)
         if command["do"] == "close":
             return
+
+
+class Answering:
+    """A worker's generator as command in, reply out."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._steps: Generator[Reply, None, Reply] | None = None
+
+    def __call__(self, command: dict[str, Any]) -> Reply:
+        begin = time.perf_counter()
+        if command["do"] == "open":
+            self._steps = self._worker(command)
+        assert self._steps is not None
+        try:
+            reply = next(self._steps)
+        except StopIteration as stop:
+            reply = stop.value or {}
+        return {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes(), **reply}
+
+
+class Here:
+    """A system in this very process, for a quick look: its peak memory is everybody's."""
+
+    def __init__(self, module: str) -> None:
+        self._answer = Answering(import_module(module).steps)
+
+    def ask(self, do: str, **settings: Any) -> Reply:
+        return self._answer({"do": do, **settings})
+
+    def stop(self) -> None:
+        """Nothing to end."""
 
 
 def peak_bytes() -> int:
@@ -95,12 +119,12 @@ class Paused:
 class System:
     """The driver's end of one worker."""
 
-    def __init__(self, name: str, module: str, python: str, threads: int, log: Path) -> None:
+    def __init__(self, name: str, module: str, python: str, environment: Mapping[str, str], log: Path) -> None:
         self.name = name
         path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
         environment = {
-            **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            **os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1", **environment,
         }  # fmt: skip
         self.log = log
         with log.open("w") as errors:

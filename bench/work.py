@@ -2,7 +2,9 @@
 
     model   a random Llama, "s32k" and "s128k": width 512, 8 layers, 8 heads, 4 of keys and values, FFN 1408
     rows    lognormal lengths (median 250, sigma 0.8, 30..1024), about 40 % prompt, which is not trained
+    pairs   prompt (median 200), chosen and rejected answer (median 120 each), lognormal too
     adapter LoRA r 16, alpha 32, all linear layers, both factors filled by name, so that no gradient is zero
+    full    every weight trains, from the saved ones
 
 The tokenizer is a byte-level BPE whose merges make each of many characters (U+10000 and up) one token, so that
 systems that read text and systems that take ids train on exactly the same tokens; every row ends with `</s>`.
@@ -28,6 +30,14 @@ _LLAMA = {
 SHAPES: dict[str, dict[str, int]] = {
     "s32k": {"vocab_size": 32_000, **_LLAMA},
     "s128k": {"vocab_size": 128_000, **_LLAMA},
+    "small": {
+        "vocab_size": 8_000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 704,
+    },
+    "8b": {  # Llama-3.1-8B
+        "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14_336,
+    },
     "tiny": {
         "vocab_size": 1_000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 256,
@@ -40,7 +50,9 @@ _FIRST_CHARACTER = 0x10000
 LONGEST = 1024
 R, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+RATES = {"lora": 1e-3, "full": 1e-4}
+BETA = 0.1  # of DPO
 MAX_NORM = 1.0
 
 
@@ -50,6 +62,15 @@ class Row:
 
     ids: tuple[int, ...]
     prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and two answers, each closed by `</s>`."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
 
 
 def make_rows(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST) -> list[Row]:
@@ -64,6 +85,38 @@ def make_rows(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST
         ids = [rng.randrange(first, vocabulary) for _ in range(length - 1)]
         made.append(Row((*ids, EOS), prompt))
     return made
+
+
+def make_pairs(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST) -> list[Pair]:
+    """The same pairs for the same arguments; `longest` bounds the prompt with either answer."""
+    rng, first = random.Random(seed), vocabulary - characters(vocabulary)
+
+    def ids(median: float, sigma: float, low: int, high: int) -> tuple[int, ...]:
+        length = 0
+        while not low <= length <= high:
+            length = int(rng.lognormvariate(math.log(median), sigma))
+        return tuple(rng.randrange(first, vocabulary) for _ in range(length))
+
+    scale = longest / LONGEST
+    return [
+        Pair(
+            ids(200 * scale, 0.7, 4, int(600 * scale)), (*ids(120 * scale, 0.6, 4, int(400 * scale)), EOS),
+            (*ids(120 * scale, 0.6, 4, int(400 * scale)), EOS),
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def shared_pairs(count: int, vocabulary: int, share: float, tokens: int = 512) -> list[Pair]:
+    """Pairs of one size: `share` of each side's `tokens` is the prompt."""
+    rng, first = random.Random(int(100 * share)), vocabulary - characters(vocabulary)
+    prompt = int(tokens * share)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(first, vocabulary) for _ in range(length))
+
+    answer = tokens - prompt - 1
+    return [Pair(ids(prompt), (*ids(answer), EOS), (*ids(answer), EOS)) for _ in range(count)]
 
 
 def characters(vocabulary: int) -> int:
@@ -82,6 +135,17 @@ def write_rows(path: Path, rows: list[Row], vocabulary: int) -> None:
     parts = [(row.ids[: row.prompt], row.ids[row.prompt : -1]) for row in rows]
     lines = [json.dumps({"prompt": text(a, vocabulary), "completion": text(b, vocabulary)}) for a, b in parts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_pairs(path: Path, pairs: list[Pair], vocabulary: int) -> None:
+    """As prompt, chosen and rejected text; the reader adds the closing `</s>`."""
+    lines = [json.dumps(pair_text(pair, vocabulary)) for pair in pairs]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pair_text(pair: Pair, vocabulary: int) -> dict[str, str]:
+    parts = {"prompt": pair.prompt, "chosen": pair.chosen[:-1], "rejected": pair.rejected[:-1]}
+    return {name: text(ids, vocabulary) for name, ids in parts.items()}
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -114,16 +178,22 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(odd)) for byte in range(256)]
 
 
-def make_model(name: str, directory: Path, seed: int = 0) -> int:
-    """Weights and tokenizer in Hugging Face layout; the bytes of the weights."""
+def make_model(shape: dict[str, int], directory: Path, *, positions: int = 2048, device: str = "cpu") -> int:
+    """Weights and tokenizer in Hugging Face layout; the bytes of the weights. On a GPU they are bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
-        **SHAPES[name], max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=PAD,
+        **shape, max_position_embeddings=positions, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=PAD, dtype="float32" if device == "cpu" else "bfloat16",
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
     model.save_pretrained(directory)
     make_tokenizer(config.vocab_size).save_pretrained(directory)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -145,6 +215,28 @@ def peft_tensors(model: Any) -> dict[str, Tensor]:
     """A PEFT model's adapter parameters under their names in the file."""
     named = {name: p for name, p in model.named_parameters() if "lora_" in name}
     return {name.replace(".default.", "."): parameter for name, parameter in named.items()}
+
+
+def opened(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """(transformers model, PEFT config or None): what every rival begins with, in fp32 on a CPU, bf16 on a GPU."""
+    from transformers import AutoModelForCausalLM
+
+    device = settings.get("device", "cpu")
+    extra = {"attn_implementation": settings["attention"]} if "attention" in settings else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32 if device == "cpu" else torch.bfloat16, **extra
+    ).to(device)
+    return model, None if settings["method"] == "full" else lora_config()
+
+
+def save_trained(model: Any, settings: dict[str, Any]) -> str:
+    """What trained, as a file under the names that Luthier writes; the file."""
+    from safetensors.torch import save_file
+
+    named = dict(model.state_dict()) if settings["method"] == "full" else peft_tensors(model)
+    file = str(Path(settings["directory"]) / f"{settings['name']}.safetensors")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, file)
+    return file
 
 
 def lora_config() -> Any:

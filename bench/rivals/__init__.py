@@ -1,1 +1,1 @@
-"""Each module drives one trainer step by step for bench/sft.py (the protocol: bench/protocol.py)."""
+"""Each module drives one trainer step by step for bench/race.py (the protocol: bench/protocol.py)."""

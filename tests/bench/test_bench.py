@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bench.needed import Segment, Work, needed_gflop
+from bench.summary import summarise
 
-from bench import protocol, sft, table, work
+from bench import protocol, work
+
+SHAPE = work.SHAPES["tiny"]
 
 
 def test_rows_are_the_same_as_text_and_as_ids(tmp_path: Path) -> None:
@@ -20,11 +26,35 @@ def test_rows_are_the_same_as_text_and_as_ids(tmp_path: Path) -> None:
     assert work.make_rows(5, 1000) == work.make_rows(5, 1000)
 
 
+def test_pairs_close_both_answers_and_share_what_they_say() -> None:
+    for pair in work.make_pairs(5, 1000, longest=64):
+        assert pair.chosen[-1] == pair.rejected[-1] == work.EOS
+        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 64
+    pair = work.shared_pairs(1, 1000, 0.75, tokens=64)[0]
+    assert len(pair.prompt) == 48 and len(pair.chosen) == len(pair.rejected) == 16
+
+
 def test_needed_operations_grow_with_tokens_and_trained_ones() -> None:
-    shape, row = work.SHAPES["tiny"], work.Row(tuple(range(5, 105)), 40)
-    once = sft.needed_gflop(shape, [row])
-    assert sft.needed_gflop(shape, [row, row]) == pytest.approx(2 * once)
-    assert sft.needed_gflop(shape, [work.Row(row.ids, 10)]) > once
+    row = Segment(100, 60)
+    once = needed_gflop(SHAPE, [row])
+    assert needed_gflop(SHAPE, [row, row]) == pytest.approx(2 * once)
+    assert needed_gflop(SHAPE, [Segment(100, 90)]) > once
+    assert needed_gflop(SHAPE, [row], Work(rank=None)) > once
+    assert needed_gflop(SHAPE, [row], Work(reference=True)) > 1.2 * once
+
+
+def test_needed_operations_are_those_that_a_dense_pass_counts() -> None:
+    """Every position scored, nothing to spare: forward of the plain formula 2 T (weights + head) + attention."""
+    width, layers, ffn, narrow, tokens = 128, 2, 256, 64, 50
+    weights = layers * (2 * width * width + 2 * width * narrow + 3 * width * ffn)
+    forward = 2 * tokens * (weights + width * 1000) + 4 * layers * width * tokens**2 / 2
+    assert needed_gflop(SHAPE, [Segment(tokens, tokens)], Work(rank=None)) == pytest.approx(3 * forward / 1e9)
+
+
+def test_a_shared_prompt_is_needed_once() -> None:
+    shared = [Segment(60, 0), Segment(40, 40, 60), Segment(40, 40, 60)]
+    whole = [Segment(100, 40), Segment(100, 40)]
+    assert needed_gflop(SHAPE, shared) < needed_gflop(SHAPE, whole)
 
 
 def test_adapters_are_filled_by_name() -> None:
@@ -46,29 +76,27 @@ def test_a_trainer_that_owns_its_loop_is_paused() -> None:
     assert [paused.next(), paused.next(), paused.last()] == [{"loss": 0.0}, {"loss": 1.0}, {"tensors": "x"}]
 
 
-def _result(out: Path, systems: list[str]) -> dict[str, object]:
-    options = ["--model", "tiny", "--steps", "1", "--rows-per-step", "4", "--longest", "64", "--threads", "1"]
-    command = [sys.executable, "-m", "bench.sft", *options, "--systems", *systems, "--out", str(out)]
-    environment_root = protocol.ROOT
-    subprocess.run(command, cwd=environment_root, check=True, capture_output=True, timeout=300)
-    import json
-
-    return dict(json.loads((out / "sft.json").read_text()))
-
-
-@pytest.mark.nightly
-def test_luthier_and_the_bare_loop_do_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    result = _result(tmp_path, ["luthier", "bare"])
-    bare = result["systems"]["bare"]  # type: ignore[index]
-    assert bare["loss_difference"] < 1e-5 and bare["adapter_difference"] < 1e-4
-    assert "Luthier" in table.markdown(result)
+def test_figures_are_medians_of_what_each_step_gave() -> None:
+    mine = {"seconds": [9.0, 1.0, 2.0, 4.0], "losses": [1.0, 1.0, 1.0, 1.0], "peak_bytes": 10}
+    theirs = {"seconds": [1.0, 3.0, 4.0, 16.0], "losses": [1.0, 1.0, 1.5, 1.0], "peak_bytes": 40}
+    result: dict[str, Any] = {
+        "systems": {"luthier": mine, "other": theirs}, "useful_tokens": [8, 8, 8, 8],
+        "needed_gflop": [1.0] * 4, "gemm_gflops": [2.0] * 4,
+    }  # fmt: skip
+    found = summarise(result)["systems"]
+    assert found["other"]["luthier_is_faster_by"] == 3.0 and found["other"]["luthier_memory_share"] == 0.25
+    assert found["other"]["loss_difference"] == 0.5 and found["luthier"]["tokens_per_second"] == 4.0
+    assert found["luthier"]["share_of_gemm_peak"] == 0.25
 
 
 @pytest.mark.nightly
-def test_luthier_and_trl_do_the_same(tmp_path: Path) -> None:
+def test_luthier_and_its_rivals_do_the_same_in_processes_of_their_own(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    result = _result(tmp_path, ["luthier", "trl", "trl_best"])
-    for name in ("trl", "trl_best"):
-        system = result["systems"][name]  # type: ignore[index]
-        assert system["loss_difference"] < 1e-5 and system["adapter_difference"] < 1e-4
+    options = ["--model", "tiny", "--steps", "1", "--rows-per-step", "4", "--longest", "64", "--threads", "1"]
+    for bench, system in (("sft", "sft-tiny"), ("full", "full-tiny")):
+        command = [sys.executable, "-m", f"bench.{bench}", *options, "--out", str(tmp_path)]
+        subprocess.run(command, cwd=protocol.ROOT, check=True, capture_output=True, timeout=600)
+        result = json.loads((tmp_path / f"{system}.json").read_text())
+        assert {"luthier", "trl", "trl_best", "bare"} <= result["systems"].keys()
+        for one in result["systems"].values():
+            assert one["loss_difference"] < 1e-5 and one["tensor_difference"] < 1e-3

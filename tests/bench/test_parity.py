@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench.rivals.bare_loop import model_loss
+from bench.rivals.bare_loop import row_losses
 from torch import Tensor
 
 from bench import work
@@ -22,7 +22,7 @@ LENGTH, VOCABULARY = 48, work.SHAPES["tiny"]["vocab_size"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("parity") / "model"
-    work.make_model("tiny", directory)
+    work.make_model(work.SHAPES["tiny"], directory)
     return directory
 
 
@@ -77,7 +77,7 @@ def _compare(ours: tuple[float, dict[str, Tensor]], loss: float, theirs: Any) ->
 
 def test_loss_and_gradients_are_those_of_peft(model: Path, rows: list[work.Row], tmp_path: Path) -> None:
     theirs = _peft(model)
-    loss = model_loss(theirs, rows)
+    loss = row_losses(theirs, rows) / sum(len(row.ids) - row.prompt for row in rows)
     loss.backward()
     _compare(_ours(model, rows, tmp_path), loss.item(), theirs)
 
