@@ -24,10 +24,13 @@ from luthier.data.policy import MaskPolicy
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import MARKUP, open_template
-from luthier.engine.gate import GateSpec, Prompt, differs_at
+from luthier.engine.gate_rows import differs_at
+from luthier.engine.gate_spec import GateSpec, Prompt
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
+from luthier.engine.reference import FrozenCopy, MethodOff, choose
+from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
-from luthier.engine.task import Run
+from luthier.engine.task import Reference, Run
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
 from luthier.models.shapes import Shapes, shapes_of
@@ -57,6 +60,12 @@ class Assembled:
     trunk: Trunk
     stream: Stream
     notes: list[str]
+    reference: Reference | None = None  # where the objective asks for one
+
+    @property
+    def scorer(self) -> Scorer:
+        """Policy and reference as the gate asks them."""
+        return Scorer(self.trunk, self.objective, self.device, self.precision, self.reference)
 
 
 def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
@@ -71,9 +80,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     notes: list[str] = []
     encoder = encoder_of(recipe, text, notes, now)
     prepared = prepared_rows(recipe, encoder)
-    dtype = torch.float32 if method.trains_base else precision.frozen
-    loaded = load_model(recipe.model, dtype=dtype, device=device)
-    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    loaded, trunk = _open(recipe, method, precision, device)
     notes += _reach(method, shapes_of(loaded.model))
     torch.manual_seed(seed_of("init", recipe.train.seed))
     method.check(loaded.model)
@@ -84,9 +91,31 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     settle(loaded.model, precision)
     steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train))
     notes += _advice(recipe, prepared, trunk, steps)
-    return Assembled(
+    work = Assembled(
         recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes
     )  # fmt: skip
+    work.reference = _reference(work)
+    return work
+
+
+def _open(recipe: Recipe, method: Method, precision: Precision, device: torch.device) -> tuple[Loaded, Trunk]:
+    """The base from its files; what trains is float32, so a base that trains is loaded as that."""
+    dtype = torch.float32 if method.trains_base else precision.frozen
+    loaded = load_model(recipe.model, dtype=dtype, device=device)
+    return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
+
+
+def _reference(work: Assembled) -> Reference | None:
+    """The policy of the start, where the objective's roles hold it."""
+    if "reference" not in work.objective.roles:
+        return None
+    first = [work.stream.samples[row] for row in work.stream.rows(0)]
+    if choose(work.objective, work.method, first) == "method_off":
+        return MethodOff(work.trunk, work.method, work.precision)
+    copy, trunk = _open(work.recipe, work.method, work.precision, work.device)
+    size = sum(p.numel() * p.element_size() for p in copy.model.parameters())
+    work.notes.append(f"the reference is a frozen copy of the base: {size / 2**20:,.0f} MiB more")
+    return FrozenCopy(trunk, work.precision)
 
 
 def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime | None = None) -> Encoder:
@@ -180,11 +209,11 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
     if template and any("strftime_now" in text for text in template.texts):
         identity["template.date"] = template.now.isoformat()
     held_out = work.prepared.evaluation
-    evaluation = list(Stream(held_out, stream_spec(recipe, work.device, held_out)).batches()) if held_out else []
+    evaluation = Stream(held_out, stream_spec(recipe, work.device, held_out)) if held_out else None
     return Run(
         directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
         device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
-        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity,
+        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity, reference=work.reference,
         benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
     )  # fmt: skip
 
@@ -200,10 +229,9 @@ def gate_of(work: Assembled) -> GateSpec:
     chats = [text for text in texts if isinstance(text, Chat)]
     seen = [(chat, work.encoder.masked(chat)) for chat in chats]
     return GateSpec(
-        trunk=work.trunk, objective=work.objective, stream=work.stream, device=work.device,
-        precision=work.precision, stop_ids=work.encoder.stop_ids, bos_id=work.loaded.tokenizer.bos_token_id,
-        prompts=_prompts(work.encoder, seen), roles=_roles(work.encoder.policy, seen),
-        rows_read=ledger.total("read"), dropped=ledger.reasons,
+        scorer=work.scorer, stream=work.stream, stop_ids=work.encoder.stop_ids,
+        bos_id=work.loaded.tokenizer.bos_token_id, prompts=_prompts(work.encoder, seen),
+        roles=_roles(work.encoder.policy, seen), rows_read=ledger.total("read"), dropped=ledger.reasons,
         facts={"path": facts.path, "reason": facts.reason, "kernel": facts.kernel, "evidence": facts.evidence},
     )  # fmt: skip
 

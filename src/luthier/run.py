@@ -10,33 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import luthier
+from luthier import account
 from luthier.artifact import fold
-from luthier.artifact.adapter import save_adapter
-from luthier.artifact.card import CardFacts, card
-from luthier.assembly import (
-    MICROBATCH_TOKENS,
-    Assembled,
-    assemble,
-    encoder_of,
-    engine_run,
-    gate_of,
-    prepared_rows,
-)
+from luthier.assembly import MICROBATCH_TOKENS, assemble, encoder_of, engine_run, prepared_rows
 from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
 from luthier.data.ledger import Ledger
@@ -44,22 +29,15 @@ from luthier.data.prepare import prepare
 from luthier.data.show import shown
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.durable import replace_text, unwritable
-from luthier.engine.fault import fault
-from luthier.engine.gate import GateFailure, run_gate
-from luthier.engine.journal import summary
 from luthier.engine.lock import hold
 from luthier.engine.loop import train as train_steps
-from luthier.engine.plot import draw_loss
 from luthier.engine.resume import enter, template_date
-from luthier.engine.task import Outcome
 from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
-from luthier.models.load import load_text, save_tokenizer, save_whole
+from luthier.models.load import load_text, save_whole
 from luthier.models.probe import open_trunk
-from luthier.models.replace import sweep_beside
 from luthier.opened import Opened, open_target
-from luthier.recipe.document import dump
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.sampling.generate import SamplingSpec, room, stream
 from luthier.sampling.generate import generate as generate_tokens
@@ -127,7 +105,7 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
             enter(directory, resume=resume, fresh=fresh)
             work = assemble(recipe, template_date(directory, resume))
             run = engine_run(work, directory, resume)
-            run.on_agreed = partial(_begin, work, directory)
+            run.on_agreed = partial(account.begin, work, directory)
             with ExitStack() as stack:
                 boards = [stack.enter_context(TensorBoard(directory)) for _ in recipe.report_to]
                 for event in train_steps(run):
@@ -135,89 +113,10 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
                         board.read(event)
                     yield event
             assert run.outcome is not None
-            training.report = _write_end(work, directory, run.outcome)
+            training.report = account.end(work, directory, run.outcome)
     except Exception as error:
         error.run_log = str(log)  # type: ignore[attr-defined]
         raise
-
-
-def _begin(work: Assembled, directory: Path) -> None:
-    """Only now, when no checkpoint refused this recipe, may the run's own account be written."""
-    _write_beginning(work, directory)
-    _pass_gate(work, directory)
-
-
-def _pass_gate(work: Assembled, directory: Path) -> None:
-    """The evidence is written whether the gate opens or not."""
-    try:
-        evidence = run_gate(gate_of(work))
-    except GateFailure as failure:
-        replace_text(directory / "gate.json", json.dumps(failure.evidence, indent=2) + "\n")
-        raise
-    replace_text(directory / "gate.json", json.dumps(evidence, indent=2) + "\n")
-
-
-def _write_beginning(work: Assembled, directory: Path) -> None:
-    ledger = work.prepared.ledger
-    (directory / "data").mkdir(exist_ok=True)
-    replace_text(directory / "resolved.yaml", dump(work.recipe.resolved()))
-    replace_text(directory / "env.json", json.dumps(_environment(work), indent=2) + "\n")
-    replace_text(directory / "data" / "ledger.json", json.dumps(ledger.to_json(), indent=2) + "\n")
-    if ledger.rejects:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ledger.rejects]
-        replace_text(directory / "data" / "rejects.jsonl", "".join(lines))
-
-
-def _environment(work: Assembled) -> dict[str, Any]:
-    packages, template = ("torch", "transformers", "tokenizers", "safetensors", "numpy"), work.encoder.template
-    return {
-        "luthier": luthier.__version__, "python": platform.python_version(), "platform": platform.platform(),
-        **{name: version(name) for name in packages}, "device": str(work.device), "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(), "precision": work.precision.name, "path": work.trunk.path,
-        "path_reason": work.trunk.reason, "template_date": template.now.isoformat() if template else None,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
-
-
-def _lasting(base: str) -> str:
-    """A base that is a directory here is named by its whole path, so that the adapter works from anywhere."""
-    place = Path(base).expanduser()
-    return os.path.abspath(place) if place.is_dir() else base
-
-
-def _write_end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
-    """Result, picture, report and card; done again as a whole when a killed run is resumed here."""
-    loaded, recipe = work.loaded, work.recipe
-    template = work.encoder.template.text if work.encoder.template else None
-    result = directory / ("model" if work.method.trains_base else "adapter")
-    sweep_beside(result)
-    if work.method.trains_base:
-        save_whole(loaded.model, loaded.tokenizer, template, result)
-    else:
-        save_adapter(
-            result, work.method, loaded.model, base_path=_lasting(recipe.model.path),
-            base_fingerprint=loaded.fingerprint, added_tokens=loaded.added,
-        )  # fmt: skip
-        save_tokenizer(loaded.tokenizer, template, result)
-    fault("result.written")
-    draw_loss(directory / "journal.jsonl", directory / "loss.png", title=directory.name)
-    told = summary(directory / "journal.jsonl")
-    report = {
-        "run_dir": str(directory), **told, "eval_loss": outcome.eval_loss, "result_dir": str(result),
-        "result_from": f"step {outcome.step}, {'the best' if outcome.is_best else 'the last'}",
-        "mergeable": work.method.mergeable, "notes": work.notes,
-    }  # fmt: skip
-    replace_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
-    facts = CardFacts(
-        base=recipe.model.path, method=recipe.method["name"], objective=recipe.objective["name"],
-        adapter=not work.method.trains_base, method_fields={k: v for k, v in recipe.method.items() if k != "name"},
-        data=work.prepared.ledger.summary().splitlines(),
-        results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
-        peft=work.method.peft_type is not None, version=luthier.__version__,
-        recipe=dump(recipe.resolved()),
-    )  # fmt: skip
-    replace_text(directory / "README.md", card(facts))
-    return report
 
 
 # --------------------------------------------------------------------------------------- looking at data

@@ -104,7 +104,7 @@ def build(directory: Path, **changes: Any) -> Run:
         stream=Stream(samples(), spec), device=device, precision=resolve_precision(o.precision, device),
         train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
-        evaluation=list(Stream(held_out, spec).batches()) if held_out else [],
+        evaluation=Stream(held_out, spec) if held_out else None,
         identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,
     )  # fmt: skip
 

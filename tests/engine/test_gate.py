@@ -17,13 +17,16 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.objective import Loss, Objective, Scored
 from luthier.contracts.record import Piece, Sample
 from luthier.data.stream import Stream
-from luthier.engine.gate import GateFailure, GateSpec, Prompt, run_gate
+from luthier.engine.gate import GateFailure, run_gate
+from luthier.engine.gate_spec import GateSpec, Prompt
+from luthier.engine.scoring import Scorer
 from luthier.engine.task import Run
 
 
 def spec_of(run: Run, **changes: Any) -> GateSpec:
+    trunk, objective = changes.pop("trunk", run.trunk), changes.pop("objective", run.objective)
     given: dict[str, Any] = dict(
-        trunk=run.trunk, objective=run.objective, stream=run.stream, device=run.device, precision=run.precision,
+        scorer=Scorer(trunk, objective, run.device, run.precision), stream=run.stream,
         stop_ids=(260,), bos_id=257, roles={"assistant": 10}, rows_read=48,
     )  # fmt: skip
     return GateSpec(**{**given, **changes})

@@ -73,6 +73,7 @@ class Evaluated(Event):
     eval_loss: float
     scored_tokens: int
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,13 @@ class Stream:
         for first in range(0, len(self.samples), self.spec.window):
             yield from self._batches(range(first, min(first + self.spec.window, len(self.samples))))
 
+    def packed(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Samples from elsewhere in microbatches like the stream's own."""
+        if self.spec.packing == "none":
+            return [collate([sample]) for sample in samples]
+        bins = pack([sample.length for sample in samples], self.microbatch_tokens)
+        return [collate([samples[i] for i in members]) for members in bins]
+
     def fill(self, steps: int | None = None) -> float:
         """Mean fill of the microbatches of the first `steps` steps (default: the first epoch), at most 1 each."""
         used = room = 0

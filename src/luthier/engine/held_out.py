@@ -1,7 +1,8 @@
 """The objective on held-out rows, between two steps. Training knows nothing of it.
 
 No gradient, no dropout, and no shared random stream: the loop reseeds before every step, so a run that evaluates
-and one that does not end in the same weights, to the bit. The mean is over the weight of all batches at once.
+and one that does not end in the same weights, to the bit. All held-out rows are one batch in what is measured: the
+mean is over their whole weight, and an objective's statistics (`prepare`) are over all of them at once.
 """
 
 from __future__ import annotations
@@ -13,29 +14,23 @@ from collections.abc import Callable
 import torch
 
 from luthier.contracts.event import Evaluated
-from luthier.contracts.objective import Scored
-from luthier.engine.task import Run
+from luthier.data.stream import Stream
+from luthier.engine.modes import at_rest
+from luthier.engine.scoring import Scorer
+from luthier.engine.sums import Sums, means
 
 
-def evaluate(run: Run, step: int, poll: Callable[[], None]) -> Evaluated:
+def evaluate(scorer: Scorer, stream: Stream, step: int, poll: Callable[[], None]) -> Evaluated:
     """`poll` is called before each batch and may raise to end the evaluation early."""
     started = time.perf_counter()
-    totals, weights, scored = [], [], 0
-    model = run.trunk.model
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in run.evaluation:
-                poll()
-                here = batch.to(run.device)
-                with run.precision.autocast(run.device):
-                    out = Scored(run.trunk.logprobs(here))
-                    found = run.objective.loss(out, here, run.objective.prepare([here]))
-                totals.append(float(found.total))
-                weights.append(run.objective.weight(batch))
-                scored += batch.scored
-    finally:
-        model.train(was_training)
-    loss = math.fsum(totals) / max(math.fsum(weights), 1e-30)
-    return Evaluated(step, loss, scored, time.perf_counter() - started)
+    batches = list(stream.batches())
+    sums = Sums()
+    with at_rest(scorer.trunk.model), torch.no_grad():
+        stats = scorer.statistics(batches, stream.samples, stream)
+        for batch in batches:
+            poll()
+            with scorer.precision.autocast(scorer.device):
+                sums.add(scorer.loss(batch.to(scorer.device), stats))
+    weight = math.fsum(scorer.objective.weight(batch) for batch in batches)
+    loss, scored = sums.total() / max(weight, 1e-30), sum(batch.scored for batch in batches)
+    return Evaluated(step, loss, scored, time.perf_counter() - started, means(sums.metrics()))

@@ -19,7 +19,7 @@ from torch import Tensor
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import Stopped
 from luthier.contracts.event import Event, Noted, RunEnded, StepDone, StepSkipped
-from luthier.contracts.objective import Loss, Scored
+from luthier.contracts.objective import Loss
 from luthier.engine.journal import Journal
 from luthier.engine.lock import hold
 from luthier.engine.memory import give_back, held_bytes
@@ -27,6 +27,7 @@ from luthier.engine.optimizer import set_learning_rate
 from luthier.engine.schedule import multiplier
 from luthier.engine.seeds import deterministic, seed_step
 from luthier.engine.signals import Interrupted, Signals
+from luthier.engine.sums import means
 from luthier.engine.task import Run
 from luthier.engine.work import Work
 
@@ -76,13 +77,13 @@ def _step(work: Work) -> Iterator[Event]:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)
         weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
-        stats = run.objective.prepare(microbatches)
-
-        def loss_of(batch: Batch, stats: object = stats) -> Loss:
-            work.signals.poll()
-            return run.objective.loss(Scored(run.trunk.logprobs(batch)), batch, stats)
-
         try:
+            stats = work.scorer.statistics(microbatches, work.samples(number), run.stream)
+
+            def loss_of(batch: Batch, stats: object = stats) -> Loss:
+                work.signals.poll()
+                return work.scorer.loss(batch, stats)
+
             loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
             break
         except Exception as error:  # noqa: BLE001 (smaller microbatches if memory ran out, else it goes on up)
@@ -105,11 +106,11 @@ def _step(work: Work) -> Iterator[Event]:
     strategy.zero()
     tokens, scored = sum(b.tokens for b in microbatches), sum(b.scored for b in microbatches)
     state.tokens, state.scored_tokens = state.tokens + tokens, state.scored_tokens + scored
-    means = {name: total / over for name, (total, over) in metrics.items() if over}
+    told = means(metrics)
     if isinstance(penalty, Tensor) or penalty:
-        means["penalty"] = float(penalty)
+        told["penalty"] = float(penalty)
     yield StepDone(
         step=number, loss=loss, grad_norm=norm, learning_rate=learning_rate, tokens=tokens, scored_tokens=scored,
         seconds=time.perf_counter() - started, bytes=held_bytes(run.device),
-        epoch=run.stream.epoch_at(number + state.passed_over), metrics=means,
+        epoch=run.stream.epoch_at(number + state.passed_over), metrics=told,
     )  # fmt: skip

@@ -28,12 +28,12 @@ class Precision:
     frozen: torch.dtype
 
     @contextmanager
-    def autocast(self, device: torch.device) -> Iterator[None]:
+    def autocast(self, device: torch.device, *, cache: bool = True) -> Iterator[None]:
         """Around forward passes; backward runs outside, in the types that forward chose."""
         if self.compute == torch.float32:
             yield
             return
-        with torch.autocast(device.type, dtype=self.compute, cache_enabled=True):
+        with torch.autocast(device.type, dtype=self.compute, cache_enabled=cache):
             yield
 
 

@@ -6,7 +6,7 @@ directory. The engine sees contracts only: any method, objective, trunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
+from luthier.contracts.event import Event
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.data.stream import Stream
@@ -23,12 +24,30 @@ from luthier.engine.precision import Precision
 from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
 
 
-class LogProbs(Protocol):
+class TrunkLike(Protocol):
     """What the engine needs of a trunk."""
 
     model: nn.Module
 
     def logprobs(self, batch: Batch) -> Tensor: ...
+
+
+class ScoreTrunk(TrunkLike, Protocol):
+    """What it needs besides where an objective reads scores."""
+
+    def scores(self, batch: Batch) -> Tensor: ...
+
+
+class Reference(Protocol):
+    """The policy that the run started from, for objectives whose `roles` hold "reference"."""
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """logprobs_N of a batch on the device, without gradient."""
+        ...
+
+    def ready(self, poll: Callable[[], None]) -> Iterator[Event]:
+        """What must be done while the weights still are those of the start; `poll` may raise to end it early."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +68,15 @@ class Run:
     directory: Path
     method: Method
     objective: Objective
-    trunk: LogProbs
+    trunk: TrunkLike
     stream: Stream
     device: torch.device
     precision: Precision
     train: TrainSection
     engine: EngineSection
     evaluate: EvaluateSection
-    evaluation: Sequence[Batch] = ()
+    evaluation: Stream | None = None  # the held-out rows, in microbatches of their own
+    reference: Reference | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     benign: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()  # what a person must be told before the first step

@@ -16,14 +16,17 @@ import torch
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Resumed, RunStarted
+from luthier.contracts.record import Sample
 from luthier.data.stream import Stream
 from luthier.engine import checkpoint, saving
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
 from luthier.engine.memory import checkpoint_activations, is_out_of_memory
+from luthier.engine.modes import train_mode
 from luthier.engine.optimizer import build_optimizer
 from luthier.engine.resume import agree, find
 from luthier.engine.schedule import ScheduleSpec
+from luthier.engine.scoring import Scorer
 from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
 from luthier.engine.strategy.single import Single
@@ -42,6 +45,7 @@ class Work:
         self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
         self.stream = run.stream
+        self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = Single(run.device, run.precision)
         self.model = self.strategy.place(run.trunk.model)
         self.base_rate = run.train.learning_rate or run.method.default_learning_rate
@@ -73,7 +77,7 @@ class Work:
         run.on_agreed()
         for note in notes:
             yield Noted("warning", note)
-        self.model.train()
+        train_mode(self.model, dropout=not run.objective.disable_dropout)
         yield self._started()
         if start.path is not None:
             yield Resumed(self.state.step, start.path.name, time.time())
@@ -119,6 +123,10 @@ class Work:
         """Of step `number`, counted from 1."""
         return self.stream.step(number - 1 + self.state.passed_over)
 
+    def samples(self, number: int) -> list[Sample]:
+        """What step `number` is made of."""
+        return [self.stream.samples[row] for row in self.stream.rows(number - 1 + self.state.passed_over)]
+
     def epoch(self) -> float:
         """Passes over the rows when the steps so far are done."""
         return self.run.stream.epoch_at(self.state.step + self.state.passed_over)
@@ -145,6 +153,8 @@ class Work:
     def use_recompute(self) -> bool:
         """Less memory for activations, about a third more time; the numbers stay."""
         self.state.recompute = checkpoint_activations(self.model)
+        if self.model.training or self.run.objective.disable_dropout:
+            train_mode(self.model, dropout=not self.run.objective.disable_dropout)
         return self.state.recompute
 
     def use_microbatches(self, tokens: int | None) -> None:
@@ -162,7 +172,8 @@ class Work:
 
     def evaluate(self) -> Iterator[Event]:
         state = self.state
-        found = evaluate(self.run, state.step, self.signals.poll)
+        assert self.run.evaluation is not None
+        found = evaluate(self.scorer, self.run.evaluation, state.step, self.signals.poll)
         finite = math.isfinite(found.eval_loss)
         state.evaluated, state.eval_loss = state.step, found.eval_loss if finite else None
         self.better = finite and (state.best_loss is None or found.eval_loss < state.best_loss)

@@ -7,8 +7,6 @@ synchronisation per step. Left out: anything with a second rank.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from luthier.contracts.batch import Batch
 from luthier.contracts.strategy import LossOf
 from luthier.engine.precision import Precision, settle
+from luthier.engine.sums import Sums
 
 
 class Single:
@@ -39,22 +38,15 @@ class Single:
     def forward_backward(
         self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
     ) -> tuple[float, dict[str, tuple[float, float]]]:
-        totals: list[Tensor] = []
-        metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        sums = Sums()
         for batch in microbatches:
             with self.precision.autocast(self.device):
                 found = loss(batch.to(self.device))
             scaled = found.total / divisor
             if scaled.requires_grad:
                 scaled.backward()
-            totals.append(found.total.detach())
-            for name, pair in found.metrics.items():
-                metrics[name].append(pair)
-        total = math.fsum(torch.stack(totals).double().tolist()) / divisor
-        sums = {
-            name: (math.fsum(a for a, _ in pairs), math.fsum(b for _, b in pairs)) for name, pairs in metrics.items()
-        }
-        return total, sums
+            sums.add(found)
+        return sums.total() / divisor, sums.metrics()
 
     def backward(self, penalty: Tensor | float) -> float:
         if isinstance(penalty, Tensor):
