@@ -37,6 +37,12 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.5},
     ],
     "reward": [{"center_rewards_coefficient": 0.1}],
+    "simpo": [{"label_smoothing": 0.1, "gamma": 0.0}],
+    "cpo": [
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.25, "beta": 2.5, "label_smoothing": 0.1},
+        {"alpha": -0.1, "beta": 0.5},
+    ],
+    "kto": [{"desirable_weight": 1.5, "undesirable_weight": 0.5, "beta": 0.7}],
 }
 
 

@@ -27,7 +27,7 @@ by_tokens = pytest.mark.parametrize("case", [c for c in CASES if c.objective.rea
 
 def test_each_file_is_one_objective_and_each_is_tried() -> None:
     names = resolve.names("objectives")
-    assert {"sft", "dpo", "simpo"} <= set(names)
+    assert {"sft", "dpo", "kto", "simpo", "orpo", "cpo"} <= set(names)
     for name in names:
         only_class(name)
     assert {type(case.objective) for case in CASES} == {resolve.load("objectives", name) for name in names}

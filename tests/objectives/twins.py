@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.contracts.record import Sample
+from luthier.contracts.record import Piece, Sample, Source
 from objectives.rig import numbers
 
 Token = tuple[float, float, float]
@@ -22,12 +22,34 @@ class Row:
     answers: list[list[Token]]
     scores: list[float] = field(default_factory=list)
     extra: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    sample: Sample | None = None
+
+    def texts(self) -> list[tuple[list[int], list[tuple[int, float]]]]:
+        """Prompt and answer of each sequence, token by token."""
+        assert self.sample is not None
+        made = []
+        for place in self.sample.sequences:
+            piece = self.sample.pieces[place]
+            root = list(self.sample.pieces[piece.parent].tokens) if piece.parent >= 0 else []
+            all_tokens = [*((token, 0.0) for token in root), *zip(piece.tokens, piece.weights, strict=True)]
+            first = next(i for i, (_, weight) in enumerate(all_tokens) if weight)
+            made.append(([token for token, _ in all_tokens[:first]], all_tokens[first:]))
+        return made
+
+    def longest(self) -> int:
+        return max(len(prompt) + len(answer) for prompt, answer in self.texts())
+
+    def mismatched(self, other: Row, place: int, longest: int) -> list[Token]:
+        prompt, answer = self.texts()[0][0], other.texts()[place][1]
+        answer = answer[: longest - len(prompt)]
+        made = Piece([*prompt, *(t for t, _ in answer)], [0.0] * len(prompt) + [w for _, w in answer])
+        return row_of(Sample((made,), Source("twin", 0))).answers[0]
 
 
 def row_of(sample: Sample, scores: Sequence[float] = ()) -> Row:
     policy, reference = (iter(numbers(sample, who).tolist()) for who in ("policy", "reference"))
     by_piece = [[(float(w), next(policy), next(reference)) for w in piece.weights if w] for piece in sample.pieces]
-    return Row([by_piece[place] for place in sample.sequences], list(scores), dict(sample.extra))
+    return Row([by_piece[place] for place in sample.sequences], list(scores), dict(sample.extra), sample)
 
 
 def log_sigmoid(x: float) -> float:
@@ -130,4 +152,63 @@ def reward(objective: Any, rows: list[Row]) -> float:
     return mean([-log_sigmoid(x) for x in leads]) + center * mean([sum(row.scores[:2]) ** 2 for row in rows])
 
 
-TWINS: dict[str, Callable[[Any, list[Row]], float]] = {"sft": sft, "dpo": dpo, "simpo": simpo, "reward": reward}
+def orpo(objective: Any, rows: list[Row]) -> float:
+    def odds(tokens: list[Token]) -> float:
+        p = math.exp(logp(tokens) / length(tokens))
+        return p / (1 - p)
+
+    ratios = [math.log(odds(row.answers[0]) / odds(row.answers[1])) for row in rows]
+    likely = [[*row.answers[0], *(row.answers[2] if objective.nll_on_prompt else [])] for row in rows]
+    return nll(likely) - objective.beta * mean([log_sigmoid(x) for x in ratios])
+
+
+def cpo(objective: Any, rows: list[Row]) -> float:
+    beta, e, alpha = objective.beta, objective.label_smoothing, objective.alpha
+
+    def reward(tokens: list[Token]) -> float:
+        x = logp(tokens) / (length(tokens) if objective.loss_type in ("ipo", "simpo") else 1)
+        return (1 - math.exp(x) ** -alpha) / alpha if alpha else x
+
+    def pair(row: Row) -> float:
+        d = reward(row.answers[0]) - reward(row.answers[1])
+        x = beta * d - (objective.simpo_gamma if objective.loss_type == "simpo" else 0)
+        return {
+            "sigmoid": lambda: -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x),
+            "simpo": lambda: -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x),
+            "hinge": lambda: max(0.0, 1 - x),
+            "ipo": lambda: (d - 1 / (2 * beta)) ** 2,
+        }[objective.loss_type]()
+
+    return mean([pair(row) for row in rows]) + objective.cpo_alpha * nll([row.answers[0] for row in rows])
+
+
+def kto(objective: Any, rows: list[Row]) -> float:
+    kl = 0.0
+    if objective.loss_type == "kto":
+        moved = []
+        for index, row in enumerate(rows):  # the prompt of this row with the answers of the row before
+            for one in range(len(rows[index - 1].answers)):
+                tokens = row.mismatched(rows[index - 1], one, max(r.longest() for r in rows))
+                moved.append(ratio(tokens))
+        kl = max(0.0, mean(moved))
+    losses = []
+    for row in rows:
+        labels = row.extra.get("label", (1.0, 0.0))
+        for answer, label in zip(row.answers, labels, strict=True):
+            r = objective.beta * (ratio(answer) - kl)
+            losses.append(
+                objective.desirable_weight * (1 - sigmoid(r)) if label else objective.undesirable_weight * sigmoid(r)
+            )
+    return mean(losses)
+
+
+TWINS: dict[str, Callable[[Any, list[Row]], float]] = {
+    "sft": sft, "dpo": dpo, "simpo": simpo, "orpo": orpo, "cpo": cpo, "kto": kto, "reward": reward,
+}  # fmt: skip
+    "sft": sft,
+    "dpo": dpo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "kto": kto,
+}

@@ -37,6 +37,11 @@ def answer_lengths(batch: Batch) -> Tensor:
     return sequence_sums(batch.weights_N, batch.sequence_N, batch.group_Q.numel())
 
 
+def answer_means(logprobs_N: Tensor, batch: Batch) -> Tensor:
+    """Mean log-probability of each sequence's tokens, float64 (Q,)."""
+    return answer_logps(logprobs_N, batch.weights_N, batch) / answer_lengths(batch).clamp_min(1e-30)
+
+
 def rank_in_sample(batch: Batch) -> Tensor:
     """0 for a sample's first sequence (chosen), 1 for its second (rejected), 2 for its third (the prompt); (Q,)."""
     group_Q = batch.group_Q

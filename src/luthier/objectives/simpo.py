@@ -18,13 +18,7 @@ from torch.nn.functional import logsigmoid
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.objective import Loss, Objective, Scored
-from luthier.objectives._answers import (
-    answer_lengths,
-    answer_logps,
-    chosen_and_rejected,
-    count_pairs,
-    preference_metrics,
-)
+from luthier.objectives._answers import answer_means, chosen_and_rejected, count_pairs, preference_metrics
 from luthier.objectives._fields import DROPOUT, NotNegative, Positive, Smoothing, check, doc, number
 
 
@@ -36,7 +30,7 @@ def simpo_loss(chosen_P: Tensor, rejected_P: Tensor, beta: float, gamma: float, 
 
 @dataclass(frozen=True, kw_only=True)
 class SimPO(Objective):
-    """Prefers the chosen answer by its mean log-probability, with a margin; needs no reference, half the memory."""
+    """Prefers the chosen answer by its mean log-probability, with a margin; needs no reference."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14734"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
@@ -69,7 +63,7 @@ class SimPO(Objective):
         return count_pairs(batch)
 
     def loss(self, out: Scored, batch: Batch, stats: Any) -> Loss:
-        mean_Q = answer_logps(out.logprobs_N, batch.weights_N, batch) / answer_lengths(batch).clamp_min(1e-30)
+        mean_Q = answer_means(out.logprobs_N, batch)
         chosen_P, rejected_P = chosen_and_rejected(mean_Q, batch)
         losses_P = simpo_loss(chosen_P, rejected_P, self.beta, self.margin, self.label_smoothing)
         rewards = (self.beta * chosen_P, self.beta * rejected_P)
