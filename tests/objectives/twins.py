@@ -205,10 +205,3 @@ def kto(objective: Any, rows: list[Row]) -> float:
 TWINS: dict[str, Callable[[Any, list[Row]], float]] = {
     "sft": sft, "dpo": dpo, "simpo": simpo, "orpo": orpo, "cpo": cpo, "kto": kto, "reward": reward,
 }  # fmt: skip
-    "sft": sft,
-    "dpo": dpo,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-    "kto": kto,
-}
