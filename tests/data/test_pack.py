@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate, compact, pack, unpack
+from luthier.data.pack import balance, collate, compact, pack, unpack
 
 WEIGHTS = st.sampled_from([0.0, 1.0, 1.0, 0.5, 2.25])
 
@@ -39,6 +39,28 @@ def test_bins_hold_every_item_once_within_capacity(lengths: list[int], capacity:
     for members in bins:
         assert len(members) == 1 or sum(lengths[i] for i in members) <= capacity
     assert pack(lengths, capacity) == bins
+
+
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 80))
+def test_balanced_bins_are_as_few_and_emptier_than_best_fit(lengths: list[int], capacity: int) -> None:
+    limit = int(capacity * 1.05)
+    bins, packed = balance(lengths, capacity), pack(lengths, limit)
+    assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in members) for members in bins]
+    assert loads == sorted(loads, reverse=True) and len(bins) <= len(packed)
+    assert all(load <= limit for load, members in zip(loads, bins, strict=True) if len(members) > 1)
+    assert max(loads, default=0) <= max((sum(lengths[i] for i in members) for members in packed), default=0)
+    assert balance(lengths, capacity) == bins
+
+
+def test_a_left_over_bin_is_spread_over_the_others() -> None:
+    def loads(lengths: list[int]) -> list[int]:
+        return [sum(lengths[i] for i in members) for members in balance(lengths, 500)]
+
+    assert sorted(map(len, pack([100] * 10 + [20], 500))) == [1, 5, 5]
+    assert loads([100] * 10 + [20]) == [520, 500], "within 5 % of the capacity"
+    assert loads([100] * 10 + [30]) == [400, 400, 230], "beyond them a third bin is needed, and the room is shared"
+    assert balance([600, 10, 10], 500) == [[0], [1, 2]] and balance([], 500) == []
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> int:

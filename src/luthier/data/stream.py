@@ -3,8 +3,9 @@
 `step(n)` is pure: a resumed run asks for step n and gets the very batches that the unbroken run saw. Epochs follow
 one another; each has its own shuffle and so, when steps are cut by tokens, perhaps one step more or less than the
 first. `total_steps(epochs)` therefore counts real steps; `steps_per_epoch` is that of the first epoch.
-The microbatches of a step are its rows packed best-fit decreasing into `microbatch_tokens`, longest first, so that a
-machine that is too small says so at the first microbatch; a single longer row makes a larger one.
+The microbatches of a step are its rows in as few, equally full bins of about `microbatch_tokens` as hold them
+(pack.balance), the fullest first, so that a machine that is too small says so at the first microbatch; a single longer
+row makes a larger one. How a step is split changes its cost, never its result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Sample
 from luthier.data.order import PlanSpec, plan_epoch
-from luthier.data.pack import collate, pack
+from luthier.data.pack import balance, collate
 
 _PLANS_KEPT = 2
 _TOKENS_PER_STEP = 16384
@@ -124,18 +125,20 @@ class Stream:
         return [collate([samples[i] for i in members]) for members in bins]
 
     def fill(self, steps: int | None = None) -> float:
-        """Mean fill of the microbatches of the first `steps` steps (default: the first epoch), at most 1 each."""
+        """Used tokens / (microbatches x largest microbatch of its step), over the first `steps` steps (None: an epoch).
+
+        The largest sets memory and time of a step, so 1 means that no pass through the model is partly empty.
+        """
         used = room = 0
         for rows in self.plan(0)[:steps]:
-            for members in self._members(rows):
-                tokens = sum(self.lengths[row] for row in members)
-                used, room = used + tokens, room + max(tokens, self.microbatch_tokens)
+            sizes = [sum(self.lengths[row] for row in members) for members in self._members(rows)]
+            used, room = used + sum(sizes), room + len(sizes) * max(sizes)
         return used / room
 
     def _members(self, rows: Sequence[int]) -> list[list[int]]:
         if self.spec.packing == "none":
             return [[row] for row in rows]
-        bins = pack([self.lengths[row] for row in rows], self.microbatch_tokens)
+        bins = balance([self.lengths[row] for row in rows], self.microbatch_tokens)
         return [[rows[i] for i in members] for members in bins]
 
     def _batches(self, rows: Sequence[int]) -> list[Batch]:
