@@ -10,8 +10,13 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from luthier.contracts.batch import Batch
+from luthier.models.logprobs import gather_logprobs
+from luthier.models.switch import native_attention
+from luthier.models.unpacked import leaves
 from tiny import VOCABULARY, tiny
 
 _PLAIN = dict(
@@ -60,6 +65,10 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "falcon_h1": lambda: transformers.FalconH1Config(
         **_WIDE, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8
     ),  # attention runs in every layer, a state space beside it
+    "roberta": lambda: transformers.RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        is_decoder=True, pad_token_id=1, max_position_embeddings=200,
+    ),  # positions begin after the padding index
     "gptj": lambda: transformers.GPTJConfig(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=512,
         attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -68,7 +77,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 PACKED = (
     "llama", "qwen2", "gpt2", "qwen3_moe", "gemma2", "gemma3", "gpt_oss", "deepseek_v3", "llama4", "cohere", "granite",
-    "mistral", "stablelm",
+    "mistral", "stablelm", "roberta",
 )  # fmt: skip
 UNPACKED = ("mamba", "lfm2", "qwen3_next", "falcon_h1", "gptj")
 
@@ -79,3 +88,14 @@ def family(name: str, seed: int = 0) -> PreTrainedModel:
         return tiny(name, seed)
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(_CONFIGS[name]()).float().eval()
+
+
+def logprobs_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """logprobs_N of the batch with every root-to-leaf path given to the model as one row, by nothing but token ids."""
+    found: dict[int, Tensor] = {}
+    with native_attention(model):
+        for leaf in leaves(batch.forest):
+            rows = [row for s in batch.forest.chain(leaf) for row in range(batch.forest.start[s], batch.forest.end[s])]
+            logits = model(input_ids=batch.tokens_T[rows][None], use_cache=False).logits[0]
+            found |= {row: logits[place] for place, row in enumerate(rows) if row not in found}
+    return gather_logprobs(torch.stack([found[row] for row in batch.scored_N.tolist()]), batch.targets_N)

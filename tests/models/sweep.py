@@ -65,18 +65,52 @@ _ALSO: dict[str, dict[str, Any]] = {
         mamba_dt_rank=4,
     ),
     "falcon": dict(alibi=False, multi_query=False, new_decoder_architecture=False, parallel_attn=True),
-    "bamba": dict(attn_layer_indices=[1], layer_types=None),
+    "bamba": dict(attn_layer_indices=[1]),
+    "blt": dict(encoder_hash_byte_group_vocab=64),
+    "cohere_compass_text": dict(
+        layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4,
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
+    ),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+        ffn_config=dict(hidden_size=64, ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2),
+    ),
+    "falcon_h1": dict(mamba_d_ssm=128),
+    "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"]),
+    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"], linear_head_dim=16, linear_num_heads=4),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "mamba2": dict(num_heads=8),
+    "minimax_m3_vl_text": dict(
+        layer_types=["full_attention", "minimax_m3_sparse"], index_block_size=4, index_topk_blocks=2
+    ),
+    "mpt": dict(attn_config=dict(attn_pdrop=0)),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=2,
+        hc_lowrank=16,
+    ),
+    "reformer": dict(
+        axial_pos_embds=False, attn_layers=["local", "lsh"], lsh_attn_chunk_length=8, local_attn_chunk_length=8,
+        num_buckets=4, attention_head_size=16, feed_forward_size=96,
+    ),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4, use_mamba_kernels=False),
+    "zamba2": dict(
+        layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4, n_mamba_heads=8,
+        num_key_value_heads=4, use_mamba_kernels=False,
+    ),
+    "zaya": dict(num_experts_per_tok=1),
     "qwen2_moe": dict(decoder_sparse_step=1),
     "qwen2": dict(use_sliding_window=True, max_window_layers=1),
     "qwen3": dict(use_sliding_window=True, max_window_layers=1),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "nemotron_h": dict(hybrid_override_pattern="M*"),
     "recurrent_gemma": dict(attention_window_size=8, block_types=["recurrent", "attention"]),
-    "longcat_flash": dict(num_key_value_heads=4, num_layers=1),
+    "longcat_flash": dict(num_key_value_heads=4, num_layers=1, head_dim=8),
     "minicpm3": dict(num_key_value_heads=4),
     "llama4_text": dict(attn_temperature_tuning=False),
 }  # fmt: skip
-_TEXT_ONLY = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "emu3")
+_TEXT_ONLY = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "emu3", "musicgen", "musicgen_melody")
 
 
 def families() -> list[str]:
@@ -98,8 +132,8 @@ def small_config(cls: type, also: dict[str, Any]) -> Any:
         sizes.pop("sliding_window", None)
     for name in getattr(default, "sub_configs", None) or {}:
         part = getattr(default, name, None)
-        if part is not None:
-            sizes[name] = small_config(type(part), {})
+        if part is not None and name not in also:
+            sizes[name] = small_config(type(part), _ALSO.get(part.model_type, {}))
     kinds = getattr(default, "layer_types", None)
     if "layer_types" not in also and isinstance(kinds, (list, tuple)) and len(set(kinds)) > 1:
         sizes["num_hidden_layers"] = 6

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from luthier.models.attention import ForestMask, forest_attention, witnessed
 from luthier.models.cut import subjects
 from luthier.models.head import find_head_map, relative_difference
 from luthier.models.kernels.varlen import varlen_refusal
+from luthier.models.limits import Limits, OwnPositions, counts_after_padding, limits_of, padding_of
 from luthier.models.logprobs import HeadMap, gather_logprobs
 from luthier.models.shapes import decoder_layers
 from luthier.models.switch import native_attention
@@ -79,31 +81,17 @@ def probe_batch(vocabulary: int, parents: tuple[int, ...] = _PARENTS, lengths: t
     )
 
 
-def packing_refusal(config: object) -> str | None:
-    """Settings that make a row depend on where in the pack it lies, though a short probe may not show it."""
-    parts = [config, config.get_text_config()]  # type: ignore[attr-defined]
-    for part in parts:
-        if getattr(part, "attn_temperature_tuning", None):
-            return "attention temperature tuning counts packed rows"
-        rope = getattr(part, "rope_parameters", None) or getattr(part, "rope_scaling", None) or {}
-        for entry in (rope, *(v for v in rope.values() if isinstance(v, dict))):
-            kind = str(entry.get("rope_type") or entry.get("type") or "")
-            if "dynamic" in kind or kind == "longrope":
-                return f"rotary scaling `{kind}` depends on the longest row of the batch"
-    return None
-
-
 def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) -> TrunkFacts:
     batch = _batch_for(subject)
     head_map = find_head_map(subject, batch.tokens_T[:24])
     evidence: dict[str, float] = {"noise": noise}
     reason = "asked for"
     if attention != "unpacked":
-        reason = packing_refusal(model.config) or _differs(subject, "forest", head_map, batch, evidence) or ""
+        limits, reason = _packs(model, subject, head_map, batch, evidence)
         if not reason:
             parameter = next(model.parameters())
             kernel, _ = choose_kernel(parameter.device, parameter.dtype)
-            return TrunkFacts("forest", "", kernel, head_map, evidence)
+            return TrunkFacts("forest", "", kernel, head_map, evidence, limits)
         if attention == "forest":
             raise ModelError(
                 f"this model cannot run packed forests: {reason}",
@@ -111,17 +99,29 @@ def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) 
                 value=_family(model),
                 remedy="model.attention: auto takes the unpacked path",
             )
-    wrong = _differs(subject, "unpacked", head_map, batch, evidence)
+    wrong = _differs(subject, TrunkFacts("unpacked", head_map=head_map), batch, evidence)
     if wrong:
         raise ModelError(f"rows run together differ from rows alone: {wrong}", value=_family(model))
     return TrunkFacts("unpacked", reason, "sdpa", head_map, evidence)
 
 
-def _differs(
-    subject: nn.Module, path: str, head_map: HeadMap | None, batch: Batch, evidence: dict[str, float]
-) -> str | None:
-    """Why `path` is not exact on the subject, or None; the measured differences go into `evidence`."""
-    trunk = Trunk(subject, TrunkFacts(path=path, head_map=head_map))
+def _packs(
+    model: nn.Module, subject: nn.Module, head_map: HeadMap | None, batch: Batch, evidence: dict[str, float]
+) -> tuple[Limits, str]:
+    """Up to where the model may be packed, and why it may not (empty where it may)."""
+    try:
+        counted = counts_after_padding(subject, batch.tokens_T[:24])
+    except OwnPositions as refusal:
+        return Limits(), str(refusal)
+    short = Limits(padding=padding_of(subject) if counted else None)
+    facts = TrunkFacts("forest", head_map=head_map, limits=short)
+    limits = replace(limits_of(model.config), padding=padding_of(model) if counted else None)
+    return limits, _differs(subject, facts, batch, evidence) or ""
+
+
+def _differs(subject: nn.Module, facts: TrunkFacts, batch: Batch, evidence: dict[str, float]) -> str | None:
+    """Why a path is not exact on the subject, or None; the measured differences go into `evidence`."""
+    trunk, path = Trunk(subject, facts), facts.path
     try:
         with torch.no_grad(), witnessed() as seen:
             logits_NV = trunk.logits(batch)

@@ -10,7 +10,8 @@ modules after the trunk was opened:
     chunked  any other module there (adapted, quantised, hooked): called per chunk of rows under checkpoint
     model    head and decoder could not be shown to be `head(decoder(x))`: the whole model, logits of scored rows
 
-Families that do not pass the probe take the unpacked path (models/unpacked.py) behind the same call. What is
+Families that do not pass the probe take the unpacked path (models/unpacked.py) behind the same call; a batch beyond
+what may be packed (models/limits.py) goes path by path. What is
 scored and how the results are weighted is not decided here.
 """
 
@@ -19,16 +20,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from luthier.contracts.batch import Batch
+from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
 from luthier.models.attention import forest_context
 from luthier.models.head import decoder_of
+from luthier.models.limits import Limits
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
 from luthier.models.score_head import score_head, scores
 from luthier.models.sites import SavedModule, Site
@@ -49,6 +52,7 @@ class TrunkFacts:
     kernel: str = "sdpa"
     head_map: HeadMap | None = HeadMap()
     evidence: dict[str, float] | None = None  # the probe's largest differences
+    limits: Limits = Limits()  # up to where rows may be packed, and how this family numbers them
 
 
 class Trunk:
@@ -93,25 +97,41 @@ class Trunk:
         return self._over(replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q]), self._scores)
 
     def _over(self, batch: Batch, end: End) -> Tensor:
-        if self.path == "forest":
-            with forest_context(batch.forest, self.facts.kernel):
-                inputs = {"input_ids": batch.tokens_T[None], "position_ids": batch.positions_T[None]}
-                return end(inputs, batch.scored_N, batch.targets_N)
-        with native_attention(self.model):
-            return self._unpacked(batch, end)
+        if self.path == "unpacked":
+            with native_attention(self.model):
+                return self._by_path(batch, paths_of(batch), partial(self._rows, batch, end))
+        if not self.facts.limits.allow(batch):
+            single = [[path] for paths in paths_of(batch) for path in paths]
+            return self._by_path(batch, single, partial(self._single, batch, end))
+        with forest_context(batch.forest, self.facts.kernel):
+            positions_T = self.facts.limits.positions_T(batch)
+            inputs = {"input_ids": batch.tokens_T[None], "position_ids": positions_T[None]}
+            return end(inputs, batch.scored_N, batch.targets_N)
 
-    def _unpacked(self, batch: Batch, end: End) -> Tensor:
-        """Root-to-leaf rows of equal length run together; every scored token is read from one of them."""
+    def _by_path(self, batch: Batch, groups: list[list[Path]], run: Callable[[list[Path]], Tensor]) -> Tensor:
+        """Root-to-leaf rows, a group at a time; every scored token is read from one of them."""
         found, order = [], []
-        for paths in paths_of(batch):
-            found.append(self._rows(batch, paths, end))
+        for paths in groups:
+            found.append(run(paths))
             order += [index for path in paths for index in path.scored]
         whole = torch.cat(found)
         back = torch.empty(len(order), dtype=torch.int64)
         back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
         return whole.index_select(0, back.to(whole.device))
 
-    def _rows(self, batch: Batch, paths: list[Path], end: End) -> Tensor:
+    def _single(self, batch: Batch, end: End, paths: list[Path]) -> Tensor:
+        """One path under forest attention: what a batch beyond the limits takes (recompute finds the same mask)."""
+        path, device = paths[0], batch.tokens_T.device
+        rows_T = torch.tensor(path.rows, device=device)
+        scored, wanted = (
+            torch.tensor(index, dtype=torch.int64, device=device) for index in (path.offsets, path.scored)
+        )
+        positions_T = self.facts.limits.positions_T(batch)[rows_T]
+        with forest_context(Forest((0,), (len(rows_T),), (-1,)), self.facts.kernel):
+            inputs = {"input_ids": batch.tokens_T[rows_T][None], "position_ids": positions_T[None]}
+            return end(inputs, scored, batch.targets_N[wanted])
+
+    def _rows(self, batch: Batch, end: End, paths: list[Path]) -> Tensor:
         device = batch.tokens_T.device
         rows_BT = torch.tensor([path.rows for path in paths], device=device)
         length = rows_BT.shape[1]
