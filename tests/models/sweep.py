@@ -38,10 +38,11 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("encoder_attention_heads", "attention_heads", "linear_num_value_heads", "num_experts"), 4),
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts", "time_step_rank", "index_topk"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "mamba_expand", "index_n_heads", "compress_ratio"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "mamba_expand", "compress_ratio"), 2),
     **dict.fromkeys(("head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "kv_lora_rank", "mamba_d_head", "mamba_head_dim", "index_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "mamba_d_state", "state_size", "ssm_state_size"), 8),
+    **dict.fromkeys(("index_n_heads",), 16),  # few heads tie at zero, and ties are broken by the row's length
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_chunk_size", "chunk_size", "laurel_rank"), 8),
     **dict.fromkeys(("hidden_size_per_layer_input", "sliding_window", "window_size", "attention_chunk_size"), 8),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
@@ -72,7 +73,7 @@ _ALSO: dict[str, dict[str, Any]] = {
         rope_parameters={kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")},
     ),
     "dbrx": dict(
-        attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
         ffn_config=dict(hidden_size=64, ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2),
     ),
     "falcon_h1": dict(mamba_d_ssm=128),
@@ -94,10 +95,13 @@ _ALSO: dict[str, dict[str, Any]] = {
         num_buckets=4, attention_head_size=16, feed_forward_size=96,
     ),
     "xmod": dict(default_language="en_XX"),
-    "zamba": dict(layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4, use_mamba_kernels=False),
+    "zamba": dict(
+        layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4, attention_hidden_size=128,
+        num_key_value_heads=4, n_mamba_heads=2, use_mamba_kernels=False,
+    ),
     "zamba2": dict(
         layers_block_type=["linear_attention", "hybrid"] * 2, num_hidden_layers=4, n_mamba_heads=8,
-        num_key_value_heads=4, use_mamba_kernels=False,
+        attention_hidden_size=128, num_key_value_heads=4, use_mamba_kernels=False,
     ),
     "zaya": dict(num_experts_per_tok=1),
     "qwen2_moe": dict(decoder_sparse_step=1),
@@ -110,7 +114,10 @@ _ALSO: dict[str, dict[str, Any]] = {
     "minicpm3": dict(num_key_value_heads=4),
     "llama4_text": dict(attn_temperature_tuning=False),
 }  # fmt: skip
-_TEXT_ONLY = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "emu3", "musicgen", "musicgen_melody")
+_PART = {  # composite families whose class is built from one part of the configuration
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "emu3", "dots3_note"), "text_config"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "decoder"),
+}
 
 
 def families() -> list[str]:
@@ -142,9 +149,10 @@ def small_config(cls: type, also: dict[str, Any]) -> Any:
 
 def build(name: str) -> torch.nn.Module:
     """A tiny random model of the family."""
-    config = small_config(CONFIG_MAPPING[name], _ALSO.get(name, {}))
-    if name in _TEXT_ONLY:
-        config = config.get_text_config()
+    cls = CONFIG_MAPPING[name]
+    if name in _PART:
+        cls = type(getattr(cls(), _PART[name]))
+    config = small_config(cls, _ALSO.get(name) or _ALSO.get(cls.model_type, {}))
     named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     cls = getattr(transformers, named if isinstance(named, str) else named[0])
     torch.manual_seed(0)

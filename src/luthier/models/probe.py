@@ -184,7 +184,10 @@ def _gradients_apart(found: list[Tensor | None], expected: list[Tensor | None]) 
 
 def _batch_for(subject: nn.Module) -> Batch:
     tables = (subject.get_input_embeddings(), subject.get_output_embeddings())
-    vocabulary = min(table.weight.shape[0] for table in tables if hasattr(table, "weight"))
+    sizes = [table.weight.shape[0] for table in tables if hasattr(table, "weight")]
+    if not sizes:
+        raise ModelError("the model has no one table of token embeddings", value=_family(subject))
+    vocabulary = min(sizes)
     device = next(subject.parameters()).device
     text = subject.config.get_text_config()
     window = max(getattr(text, "sliding_window", None) or 0, getattr(text, "attention_chunk_size", None) or 0)
