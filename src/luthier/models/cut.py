@@ -2,15 +2,16 @@
 
 The checks ask how a family computes, not what its weights are, so a large checkpoint is represented by the first
 layers that cover every kind of layer it has, in float32, with a small vocabulary, narrow feed-forward parts, few
-experts and a short window (so that a window is really crossed within the probe's few tokens). Width of the model,
-heads and rotary settings stay. Where a family does not accept the small numbers, only the layers are cut. A cut in
-which some class of the model's modules does not occur stands for nothing: a sparse layer left out would pass unseen.
+experts, few heads of the same width, and a short window (so that a window is really crossed within the probe's few
+tokens). Rotary settings stay. Where a family does not accept fewer heads, its width stays; where it does not accept
+the small numbers, only the layers are cut. A cut in which some class of the model's modules does not occur stands for
+nothing (a sparse layer left out would pass unseen): it is made again with more layers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from luthier.models.score_head import as_causal, causal_class
 SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
 _KINDS = 6
+_MOST_LAYERS = 16
 VOCABULARY = 256
 
 _NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
@@ -33,6 +35,7 @@ _NARROW |= {
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 
 
@@ -43,11 +46,24 @@ def subjects(model: nn.Module) -> Iterator[nn.Module]:
     if size <= SMALL_MODEL_PARAMETERS and dtypes == {torch.float32} and _short_window(model.config):
         yield as_causal(model)
         return
-    for shrink in (True, False):
-        made = _build(model, shrink)
-        if made is not None and kinds_of(model) <= kinds_of(made):
-            yield made
-    yield as_causal(model)
+    wanted, text = kinds_of(model), model.config.get_text_config()
+    for shrink in (_thin, _narrow, None):
+        for layers in _more(layers_needed(text), _depth(text)):
+            made = _build(model, shrink, layers)
+            if made is None:
+                break
+            if wanted <= kinds_of(made):
+                if _runs(made):
+                    yield made
+                break
+    yield model
+
+
+def _more(layers: int, depth: int) -> Iterator[int]:
+    while layers < min(depth, _MOST_LAYERS):
+        yield layers
+        layers *= 2
+    yield min(layers, depth)
 
 
 def kinds_of(model: nn.Module) -> set[str]:
@@ -62,7 +78,7 @@ def _short_window(config: Any) -> bool:
     return all(window is None or window <= 64 for window in windows)
 
 
-def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
+def _build(model: nn.Module, shrink: Callable[[Any], None] | None, layers: int) -> nn.Module | None:
     try:
         config = copy.deepcopy(model.config)
         config._attn_implementation_internal = getattr(
@@ -71,16 +87,25 @@ def _build(model: nn.Module, shrink: bool) -> nn.Module | None:
         text = config.get_text_config()
         if shrink and getattr(text, "first_k_dense_replace", None):
             text.first_k_dense_replace = 1
-        _keep_layers(text, layers_needed(text))
+        _keep_layers(text, layers)
         if shrink:
-            _narrow(text)
+            shrink(text)
             if text is not config:
                 _narrow(config)
         with torch.device("cpu"):
-            made = causal_class(model)(config)
+            made = type(model)(config)
     except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
         return None
     return made.float()
+
+
+def _runs(model: nn.Module) -> bool:
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(3, 12)[None], use_cache=False)
+    except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
+        return False
+    return True
 
 
 def layers_needed(config: Any) -> int:
@@ -113,6 +138,20 @@ def _keep_layers(config: Any, layers: int) -> None:
     for name in _DEPTHS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, layers)
+
+
+def _thin(config: Any) -> None:
+    """`_narrow`, and few heads: at most two key heads, at most two query heads to each, the width that fits them."""
+    _narrow(config)
+    heads, width = config.num_attention_heads, config.hidden_size
+    head_width = getattr(config, "head_dim", None) or width // heads
+    keys = next((getattr(config, n) for n in _KEY_HEADS if isinstance(getattr(config, n, None), int)), heads)
+    kept = min(keys, 4 if keys == heads else 2)
+    for name in _KEY_HEADS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, kept)
+    config.num_attention_heads = kept * min(heads // keys, 2)
+    config.hidden_size = min(width, config.num_attention_heads * head_width)
 
 
 def _narrow(config: Any) -> None:
