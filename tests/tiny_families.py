@@ -55,6 +55,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama4": _llama4,  # chunks
     "cohere": lambda: transformers.CohereConfig(**_PLAIN),  # logits scaled
     "granite": lambda: transformers.GraniteConfig(**_PLAIN, logits_scaling=3.0),  # logits divided
+    "diffllama": lambda: transformers.DiffLlamaConfig(**_PLAIN),  # attends twice in each layer
     "mistral": lambda: transformers.MistralConfig(**_WIDE, sliding_window=8),
     "stablelm": lambda: transformers.StableLmConfig(**_PLAIN),  # keyword arguments stop before attention
     "mamba": lambda: transformers.MambaConfig(

@@ -45,9 +45,31 @@ class ForestUnsupported(NotImplementedError):
 class Block:
     """One segment's call: its chain of segments, first keys left out, and the mask (None = plain causal)."""
 
+    segment: int
     chain: tuple[int, ...]
     skip: int
     mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The rows (sorted, each once) that the last layer needs to compute, and how many of them each segment has."""
+
+    rows_K: Tensor
+    lengths: list[int]
+    local: list[Tensor]  # the same rows, counted within their segment
+
+    @staticmethod
+    def of(forest: Forest, rows_N: Tensor) -> Kept:
+        rows_K = torch.unique(rows_N)
+        ends = torch.searchsorted(rows_K, torch.tensor(forest.end, device=rows_K.device)).tolist()
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        parts = zip(rows_K.split(lengths), forest.start, strict=True)
+        return Kept(rows_K, lengths, [rows - start for rows, start in parts])
+
+    def place(self, rows_N: Tensor) -> Tensor:
+        """Where each of these packed rows stands among the kept ones."""
+        return torch.searchsorted(self.rows_K, rows_N)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +80,30 @@ class ForestMask:
     window: int | None = None
     chunk: int | None = None
     kernel: str = "sdpa"
+    kept: Kept | None = None  # for models/last_layer.py; attention itself computes every row
     _blocks: dict[tuple[int | None, torch.device, bool], list[Block]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def lengths(self) -> list[int]:
         return [end - start for start, end in zip(self.forest.start, self.forest.end, strict=True)]
+
+    @property
+    def query_lengths(self) -> list[int]:
+        """Of each segment, how many rows ask."""
+        return self.lengths
+
+    def query_rows(self, segment: int, device: torch.device) -> Tensor:
+        """Which of the segment's rows ask."""
+        return torch.arange(self.lengths[segment], device=device)
+
+    def admit(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, once their shapes are what this mask describes."""
+        tokens, queries = self.forest.tokens, sum(self.query_lengths)
+        if query.shape[0] != 1 or key.shape[2] != tokens or query.shape[2] != queries:
+            raise ForestUnsupported(
+                f"{queries} queries and {tokens} keys expected, got {query.shape[2]} and {key.shape[2]}"
+            )
+        return key, value
 
     @cached_property
     def varlen(self) -> VarlenPlan:
@@ -72,25 +113,26 @@ class ForestMask:
         """The calls of one layer, made once per mask and shared by all layers of its type."""
         key = (window, device, explicit)
         if key not in self._blocks:
-            self._blocks[key] = [self._block(s, window, device, explicit) for s in range(len(self.forest))]
+            asked = [s for s, queries in enumerate(self.query_lengths) if queries]
+            self._blocks[key] = [self._block(s, window, device, explicit) for s in asked]
         return self._blocks[key]
 
     def _block(self, segment: int, window: int | None, device: torch.device, explicit: bool) -> Block:
         chain = self.forest.chain(segment)
-        queries, keys = self.lengths[segment], sum(self.lengths[s] for s in chain)
-        skip = max(0, keys - (window + queries - 1)) if window else 0
-        keys -= skip
-        plain = keys == queries and not (window and keys > window) and not (self.chunk and keys > self.chunk)
+        keys, rows = sum(self.lengths[s] for s in chain), self.query_rows(segment, device)
+        before = keys - self.lengths[segment]  # keys of the ancestors
+        skip = max(0, before + int(rows[0]) - window + 1) if window else 0
+        seen = keys - skip
+        plain = seen == len(rows) and not (window and seen > window) and not (self.chunk and seen > self.chunk)
         if plain and not explicit:
-            return Block(chain, skip, None)
-        query = torch.arange(queries, device=device)[:, None] + (keys - queries)
-        other = torch.arange(keys, device=device)
+            return Block(segment, chain, skip, None)
+        query, other = rows[:, None] + before, torch.arange(skip, keys, device=device)  # positions along the path
         mask = query >= other
         if window:
             mask &= query - other < window
         if self.chunk:
-            mask &= (query + skip) // self.chunk == (other + skip) // self.chunk
-        return Block(chain, skip, mask)
+            mask &= query // self.chunk == other // self.chunk
+        return Block(segment, chain, skip, mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +150,24 @@ class Terms:
         return self.softcap is not None or self.s_aux is not None
 
 
-_current: ContextVar[tuple[Forest, str]] = ContextVar("luthier_forest")
+_current: ContextVar[tuple[Forest, str, Kept | None]] = ContextVar("luthier_forest")
 _witness: ContextVar[list[int] | None] = ContextVar("luthier_forest_witness", default=None)
 
 
 @contextmanager
-def forest_context(forest: Forest, kernel: str = "sdpa") -> Iterator[None]:
+def forest_context(forest: Forest, kernel: str = "sdpa", kept: Kept | None = None) -> Iterator[None]:
     """Within it, one packed row of `forest` may be given to a model whose attention is `luthier_forest`."""
-    token = _current.set((forest, kernel))
+    token = _current.set((forest, kernel, kept))
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def kept_rows() -> Kept | None:
+    """What the forest context in force says about the last layer's rows; None outside any."""
+    current = _current.get(None)
+    return None if current is None else current[2]
 
 
 @contextmanager
@@ -143,7 +191,7 @@ def forest_mask(
 ) -> ForestMask:
     """The mask entry: transformers calls it once per layer type; the context is read here and nowhere else."""
     try:
-        forest, kernel = _current.get()
+        forest, kernel, kept = _current.get()
     except LookupError:
         raise ForestUnsupported("forest attention was called outside forest_context") from None
     if batch_size != 1 or int(q_offset) != 0 or not q_length == kv_length == forest.tokens:
@@ -161,7 +209,7 @@ def forest_mask(
         and local == getattr(config, "attention_chunk_size", None)
         and local != getattr(config, "sliding_window", None)
     )
-    return ForestMask(forest, None if chunked else local, local if chunked else None, kernel)
+    return ForestMask(forest, None if chunked else local, local if chunked else None, kernel, kept)
 
 
 def forest_attention(
@@ -173,22 +221,27 @@ def forest_attention(
     seen = _witness.get()
     if seen is not None:
         seen.append(id(module))
-    tokens, width = mask.forest.tokens, value.shape[-1]
-    if query.shape[0] != 1 or key.shape[2] != tokens or query.shape[2] != tokens:
-        raise ForestUnsupported(f"{tokens} queries and keys expected, got {query.shape[2]} and {key.shape[2]}")
-    window = mask.window or terms.sliding_window
-    if mask.kernel == "varlen" and not terms.explicit and not mask.chunk and not terms.dropout:
+    key, value = mask.admit(query, key, value)
+    width, window = value.shape[-1], mask.window or terms.sliding_window
+    if (
+        mask.kernel == "varlen"
+        and mask.query_lengths is mask.lengths
+        and not terms.explicit
+        and not mask.chunk
+        and not terms.dropout
+    ):
         out = varlen_attention(query, key, value, mask.varlen, window, terms.scaling)
         return out[None], None
     if width < query.shape[-1]:  # MLA: equal widths keep the fused kernel
         value = F.pad(value, (0, query.shape[-1] - width))
     # split, not slices: the backward of a slice fills T rows with zeros
-    queries, keys, values = (x.split(mask.lengths, 2) for x in (query, key, value))
+    queries = query.split(mask.query_lengths, 2)
+    keys, values = (x.split(mask.lengths, 2) for x in (key, value))
     out_segments = []
-    for segment, block in enumerate(mask.blocks(window, query.device, terms.explicit)):
+    for block in mask.blocks(window, query.device, terms.explicit):
         k, v = _chain(keys, block), _chain(values, block)
         attend = _explicit if terms.explicit else _fused
-        out_segments.append(attend(queries[segment], k, v, block.mask, terms))
+        out_segments.append(attend(queries[block.segment], k, v, block.mask, terms))
     return torch.cat(out_segments, 2)[..., :width].transpose(1, 2).contiguous(), None
 
 
@@ -236,9 +289,8 @@ def _understood(module: nn.Module, mask: Any, kwargs: dict[str, Any]) -> Terms:
 
 
 def _chain(parts: tuple[Tensor, ...], block: Block) -> Tensor:
-    if len(block.chain) == 1:
-        return parts[block.chain[0]]
-    whole = torch.cat([parts[s] for s in block.chain], 2)
+    own = [parts[s] for s in block.chain]
+    whole = own[0] if len(own) == 1 else torch.cat(own, 2)
     return whole[:, :, block.skip :] if block.skip else whole
 
 

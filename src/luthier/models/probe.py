@@ -91,7 +91,9 @@ def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) 
         if not reason:
             parameter = next(model.parameters())
             kernel, _ = choose_kernel(parameter.device, parameter.dtype)
-            return TrunkFacts("forest", "", kernel, head_map, evidence, limits)
+            whole = _last_layer_refusal(subject, kernel, head_map, batch, evidence)
+            last = "whole" if whole else "scored rows"
+            return TrunkFacts("forest", "", kernel, head_map, last, whole or "", evidence, limits)
         if attention == "forest":
             raise ModelError(
                 f"this model cannot run packed forests: {reason}",
@@ -102,7 +104,7 @@ def _decide(model: nn.Module, subject: nn.Module, noise: float, attention: str) 
     wrong = _differs(subject, TrunkFacts("unpacked", head_map=head_map), batch, evidence)
     if wrong:
         raise ModelError(f"rows run together differ from rows alone: {wrong}", value=_family(model))
-    return TrunkFacts("unpacked", reason, "sdpa", head_map, evidence)
+    return TrunkFacts("unpacked", reason, "sdpa", head_map, "whole", "unpacked rows", evidence)
 
 
 def _packs(
@@ -145,6 +147,41 @@ def _differs(subject: nn.Module, facts: TrunkFacts, batch: Batch, evidence: dict
     if not off <= GRADIENTS:
         return f"gradients differ by {off:.1e} (limit {GRADIENTS:.0e})"
     return None
+
+
+def _last_layer_refusal(
+    subject: nn.Module, kernel: str, head_map: HeadMap | None, batch: Batch, evidence: dict[str, float]
+) -> str | None:
+    """Why the last layer must compute every row, or None: compared with the whole layer on a few scored tokens."""
+    if head_map is None:
+        return "the head is not known apart from the decoder"
+    if kernel != "sdpa":
+        return f"the {kernel} kernel takes whole segments"
+    some = torch.arange(batch.scored, device=batch.scored_N.device)
+    some = some[(some % 7 < 2) | (some % 29 > 18)]  # single rows, neighbours and runs
+    fewer = replace(
+        batch, scored_N=batch.scored_N[some], targets_N=batch.targets_N[some], weights_N=batch.weights_N[some],
+        sequence_N=batch.sequence_N[some],
+    )  # fmt: skip
+    found = []
+    for last in ("scored rows", "whole"):
+        trunk = None
+        try:
+            trunk = Trunk(subject, TrunkFacts(head_map=head_map, last_layer=last))
+            logprobs_N = trunk.logprobs(fewer)
+            found.append((logprobs_N.detach(), _gradients(subject, (logprobs_N * fewer.weights_N).sum())))
+        except Exception as error:  # noqa: BLE001 a layer of another build: it computes every row
+            lines = str(error).splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0][:200]}"
+        finally:
+            if trunk is not None:
+                trunk.close()
+    (logprobs_N, gradients), (expected_N, expected) = found
+    evidence["last_layer_logprobs"] = off = relative_difference(logprobs_N, expected_N)
+    if not off <= LOGITS:
+        return f"log-probabilities differ by {off:.1e} (limit {LOGITS:.0e})"
+    evidence["last_layer_gradients"] = off = _gradients_apart(gradients, expected)
+    return None if off <= GRADIENTS else f"gradients differ by {off:.1e} (limit {GRADIENTS:.0e})"
 
 
 def _alone(subject: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:

@@ -10,6 +10,7 @@ modules after the trunk was opened:
     chunked  any other module there (adapted, quantised, hooked): called per chunk of rows under checkpoint
     model    head and decoder could not be shown to be `head(decoder(x))`: the whole model, logits of scored rows
 
+Where the probe showed it to be exact, the last layer computes the scored rows only (models/last_layer.py).
 Families that do not pass the probe take the unpacked path (models/unpacked.py) behind the same call; a batch beyond
 what may be packed (models/limits.py) goes path by path. What is
 scored and how the results are weighted is not decided here.
@@ -29,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
-from luthier.models.attention import forest_context
+from luthier.models.attention import Kept, forest_context, kept_rows
 from luthier.models.head import decoder_of
+from luthier.models.last_layer import WORTH, Restricted
 from luthier.models.limits import Limits
 from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
 from luthier.models.score_head import score_head, scores
@@ -51,6 +53,8 @@ class TrunkFacts:
     reason: str = ""  # why not forest, empty where it is
     kernel: str = "sdpa"
     head_map: HeadMap | None = HeadMap()
+    last_layer: str = "whole"  # or "scored rows": what the last layer computes
+    last_layer_reason: str = ""  # why whole, empty where it is not
     evidence: dict[str, float] | None = None  # the probe's largest differences
     limits: Limits = Limits()  # up to where rows may be packed, and how this family numbers them
 
@@ -61,8 +65,11 @@ class Trunk:
     def __init__(self, model: nn.Module, facts: TrunkFacts = TrunkFacts()) -> None:
         self.model, self.facts = model, facts
         self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._restricted: Restricted | None = None
         if facts.path == "forest":
             switch_in(model)
+            if facts.last_layer == "scored rows":
+                self._restricted = Restricted(model)
 
     @property
     def path(self) -> str:
@@ -82,6 +89,8 @@ class Trunk:
     def close(self) -> None:
         """Give the model its own attention back."""
         switch_out(self.model)
+        if self._restricted is not None:
+            self._restricted.undo()
 
     def logprobs(self, batch: Batch) -> Tensor:
         """logprobs_N float32 of the batch's scored tokens, differentiable."""
@@ -103,10 +112,17 @@ class Trunk:
         if not self.facts.limits.allow(batch):
             single = [[path] for paths in paths_of(batch) for path in paths]
             return self._by_path(batch, single, partial(self._single, batch, end))
-        with forest_context(batch.forest, self.facts.kernel):
+        with forest_context(batch.forest, self.facts.kernel, self._kept(batch)):
             positions_T = self.facts.limits.positions_T(batch)
             inputs = {"input_ids": batch.tokens_T[None], "position_ids": positions_T[None]}
             return end(inputs, batch.scored_N, batch.targets_N)
+
+    def _kept(self, batch: Batch) -> Kept | None:
+        """The rows that the last layer computes; None: all, where few are left out or the head is not known apart."""
+        if self._restricted is None or self.facts.head_map is None or not batch.scored:
+            return None
+        kept = Kept.of(batch.forest, batch.scored_N)
+        return kept if len(kept.rows_K) <= WORTH * batch.tokens else None
 
     def _by_path(self, batch: Batch, groups: list[list[Path]], run: Callable[[list[Path]], Tensor]) -> Tensor:
         """Root-to-leaf rows, a group at a time; every scored token is read from one of them."""
@@ -165,6 +181,9 @@ class Trunk:
         decoder = decoder_of(self.model)
         assert decoder is not None  # a head map was found through it
         hidden_BTD = decoder(**inputs, use_cache=False)[0]
+        if (kept := kept_rows()) is not None:
+            assert hidden_BTD.shape[:2] == (1, len(kept.rows_K))  # the last layer was restricted
+            scored_N = kept.place(scored_N)
         return hidden_BTD.flatten(0, 1).index_select(0, scored_N)
 
     def _whole(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
