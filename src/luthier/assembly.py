@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import luthier
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
@@ -24,16 +26,18 @@ from luthier.data.policy import MaskPolicy
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import MARKUP, open_template
+from luthier.engine.cached import Cached
 from luthier.engine.gate_rows import differs_at
 from luthier.engine.gate_spec import GateSpec, Prompt
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
-from luthier.engine.reference import FrozenCopy, MethodOff, choose
+from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
 from luthier.engine.task import Reference, Run
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
 from luthier.models.shapes import Shapes, shapes_of
+from luthier.models.sites import base_state
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.recipe import fingerprint, resolve
@@ -60,12 +64,14 @@ class Assembled:
     trunk: Trunk
     stream: Stream
     notes: list[str]
+    evaluation: Stream | None = None  # the held-out rows
     reference: Reference | None = None  # where the objective asks for one
 
     @property
     def scorer(self) -> Scorer:
-        """Policy and reference as the gate asks them."""
-        return Scorer(self.trunk, self.objective, self.device, self.precision, self.reference)
+        """Policy and reference as the gate asks them, before any score is kept."""
+        reference = self.reference.direct if isinstance(self.reference, Cached) else self.reference
+        return Scorer(self.trunk, self.objective, self.device, self.precision, reference)
 
 
 def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
@@ -91,8 +97,10 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     settle(loaded.model, precision)
     steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train))
     notes += _advice(recipe, prepared, trunk, steps)
+    held_out = prepared.evaluation
+    evaluation = Stream(held_out, stream_spec(recipe, device, held_out)) if held_out else None
     work = Assembled(
-        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes
+        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
     )  # fmt: skip
     work.reference = _reference(work)
     return work
@@ -110,12 +118,28 @@ def _reference(work: Assembled) -> Reference | None:
     if "reference" not in work.objective.roles:
         return None
     first = [work.stream.samples[row] for row in work.stream.rows(0)]
-    if choose(work.objective, work.method, first) == "method_off":
+    kind = choose(work.objective, work.method, first)
+    if kind == "cached":
+        return _cached(work)
+    if kind == "method_off":
         return MethodOff(work.trunk, work.method, work.precision)
     copy, trunk = _open(work.recipe, work.method, work.precision, work.device)
     size = sum(p.numel() * p.element_size() for p in copy.model.parameters())
     work.notes.append(f"the reference is a frozen copy of the base: {size / 2**20:,.0f} MiB more")
     return FrozenCopy(trunk, work.precision)
+
+
+def _cached(work: Assembled) -> Cached:
+    """Scores kept by all that decides them: the base as stored and computed here, and the samples."""
+    trunk, loaded, trains_base = work.trunk, work.loaded, work.method.trains_base
+    direct = Untrained(trunk, work.precision) if trains_base else MethodOff(trunk, work.method, work.precision)
+    stored = sorted({str(p.dtype) for p in base_state(loaded.model).values()})
+    facts = {
+        "base": loaded.fingerprint, "added_tokens": sorted(loaded.added), "stored": stored,
+        "precision": work.precision.name, "device": work.device.type, "path": trunk.path, "kernel": trunk.facts.kernel,
+        "luthier": luthier.__version__, **{name: version(name) for name in ("torch", "transformers")},
+    }  # fmt: skip
+    return Cached(direct, [s for s in (work.stream, work.evaluation) if s is not None], facts, work.device)
 
 
 def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime | None = None) -> Encoder:
@@ -208,12 +232,10 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
     }  # fmt: skip
     if template and any("strftime_now" in text for text in template.texts):
         identity["template.date"] = template.now.isoformat()
-    held_out = work.prepared.evaluation
-    evaluation = Stream(held_out, stream_spec(recipe, work.device, held_out)) if held_out else None
     return Run(
         directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
         device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
-        evaluate=recipe.evaluate, evaluation=evaluation, identity=identity, reference=work.reference,
+        evaluate=recipe.evaluate, evaluation=work.evaluation, identity=identity, reference=work.reference,
         benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
     )  # fmt: skip
 

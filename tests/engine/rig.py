@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engine.pairs import Preference, pair_samples
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import LuthierError
 from luthier.contracts.event import Event
@@ -26,11 +27,13 @@ from luthier.contracts.method import Method
 from luthier.contracts.objective import Loss, Scored
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.stream import Stream, StreamSpec
+from luthier.engine.cached import Cached
 from luthier.engine.guard import Guard
 from luthier.engine.loop import train
 from luthier.engine.precision import resolve_precision
+from luthier.engine.reference import FrozenCopy, MethodOff, Untrained
 from luthier.engine.resume import enter
-from luthier.engine.task import Run
+from luthier.engine.task import Reference, Run
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
 from luthier.models.probe import open_trunk
@@ -79,6 +82,8 @@ class Options:
     schedule: str = "cosine"
     checkpoint_activations: Any = "auto"
     keep_best: str | None = "eval_loss"
+    reference: str | None = None  # method_off, frozen_copy, cached: pairs, with a reference had in this way
+    cache: str = ""  # where cached scores lie; default: in the run directory
     guard: Guard = field(default_factory=Guard)
 
 
@@ -92,21 +97,37 @@ def build(directory: Path, **changes: Any) -> Run:
         seed=o.seed, tokens_per_step=o.tokens_per_step, rows_per_step=o.rows_per_step, window=16,
         microbatch_tokens=o.microbatch_tokens,
     )  # fmt: skip
-    held_out = samples(o.evaluation, seed=9, first_id=1000) if o.evaluation else []
+    rows = pair_samples if o.reference else samples
+    held_out = rows(o.evaluation, seed=9, first_id=1000) if o.evaluation else []
     section = TrainSection(
         max_steps=o.steps, save_every=o.save_every, keep=o.keep, learning_rate=o.learning_rate, seed=o.seed,
         warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule,
     )  # fmt: skip
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)
-    return Run(
-        directory=directory, method=method, objective=SFT(), trunk=open_trunk(model),
-        stream=Stream(samples(), spec), device=device, precision=resolve_precision(o.precision, device),
+    run = Run(
+        directory=directory, method=method, objective=Preference() if o.reference else SFT(), trunk=open_trunk(model),
+        stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device),
         train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
         evaluation=Stream(held_out, spec) if held_out else None,
         identity={"model": "tiny", **o.identity}, benign=o.benign, resume=o.resume, guard=o.guard,
     )  # fmt: skip
+    if o.reference:
+        run.reference = reference_of(run, o.reference, Path(o.cache or directory / "cache"))
+    return run
+
+
+def reference_of(run: Run, kind: str, cache: Path) -> Reference:
+    """As assembly makes them."""
+    if kind == "frozen_copy":
+        return FrozenCopy(open_trunk(tiny("llama")), run.precision)
+    off = None if run.method.trains_base else MethodOff(run.trunk, run.method, run.precision)
+    if kind == "method_off":
+        assert off is not None
+        return off
+    streams = [stream for stream in (run.stream, run.evaluation) if stream is not None]
+    return Cached(off or Untrained(run.trunk, run.precision), streams, {"base": "tiny"}, run.device, cache)
 
 
 def loss_of(run: Run, batch: Batch) -> Loss:

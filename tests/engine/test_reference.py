@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,29 @@ from luthier.contracts.errors import NumericError, RecipeError
 from luthier.contracts.event import Evaluated, StepDone
 from luthier.contracts.objective import Objective
 from luthier.data.pack import collate
-from luthier.data.stream import Stream
 from luthier.engine.modes import train_mode
 from luthier.engine.precision import resolve_precision
-from luthier.engine.reference import FrozenCopy, MethodOff, choose
-from luthier.engine.task import Run
+from luthier.engine.reference import MethodOff, choose
+from luthier.engine.task import Reference, Run
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
 from luthier.models.probe import open_trunk
 from tiny import tiny
 
-KINDS = ("method_off", "frozen_copy")
+KINDS = ("method_off", "frozen_copy", "cached")
 
 
 def build(directory: Path, kind: str, objective: Objective | None = None, **changes: Any) -> Run:
     """The rig's run over pairs, with a reference of that kind."""
-    run = rig.build(directory, **{"evaluation": 0, **changes})
-    run.objective = objective or Preference()
-    run.stream = Stream(pair_samples(), run.stream.spec)
-    if changes.get("evaluation"):
-        run.evaluation = Stream(pair_samples(6, seed=9, first_id=100), run.stream.spec)
-    if kind == "method_off":
-        run.reference = MethodOff(run.trunk, run.method, run.precision)
-    else:
-        run.reference = FrozenCopy(open_trunk(tiny("llama")), run.precision)
+    run = rig.build(directory, **{"evaluation": 0, "reference": kind, **changes})
+    run.objective = objective or run.objective
     return run
+
+
+def prepared(run: Run) -> Reference:
+    assert run.reference is not None
+    list(run.reference.ready(lambda: None))
+    return run.reference
 
 
 def moved(run: Run) -> None:
@@ -60,11 +59,11 @@ def of_start(batch: Batch) -> Tensor:
 def test_the_reference_is_the_start(tmp_path: Path, kind: str) -> None:
     """Whatever was trained since, and in training mode with dropout on."""
     run = build(tmp_path, kind)
-    moved(run)
     train_mode(run.trunk.model)
-    batch = collate(pair_samples(6))
-    assert run.reference is not None
-    found = run.reference.logprobs(batch)
+    reference = prepared(run)
+    moved(run)
+    batch = collate(run.stream.samples[3:9])
+    found = reference.logprobs(batch)
     assert not found.requires_grad
     assert (found - of_start(batch)).abs().max() < 1e-6
     assert (run.trunk.logprobs(batch) - found).abs().max() > 1e-3
@@ -98,21 +97,25 @@ def test_trained_biases_and_copies_are_off_too(precision: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("objective", [Preference(), Shifted()])
-def test_every_kind_trains_alike(tmp_path: Path, objective: Objective) -> None:
+@pytest.mark.parametrize(
+    ("objective", "method", "kinds"),
+    [(Preference(), "lora", KINDS), (Shifted(), "lora", KINDS[:2]), (Preference(), "full", KINDS[1:])],
+)
+def test_every_kind_trains_alike(tmp_path: Path, objective: Objective, method: str, kinds: Sequence[str]) -> None:
     """Ten steps: losses, metrics and weights to 1e-6."""
     ends: dict[str, Any] = {}
-    for kind in KINDS:
-        run = build(tmp_path / kind, kind, objective, steps=10, evaluation=1, every=5, learning_rate=1e-3)
+    for kind in kinds:
+        options = {"steps": 10, "evaluation": 6, "every": 5, "learning_rate": 1e-4, "method": method}
+        run = build(tmp_path / kind, kind, objective, **options)
         events = list(rig.train(run))
         losses = [event.loss for event in events if isinstance(event, StepDone)]
         told = [event.metrics for event in events if isinstance(event, StepDone | Evaluated)]
         weights = torch.cat([p.detach().flatten() for p in run.trunk.model.parameters() if p.requires_grad])
         ends[kind] = (losses, told, weights)
-    losses, told, weights = ends["method_off"]
+    losses, told, weights = ends[kinds[0]]
     assert losses[-1] < losses[0]
     assert {"rewards/margins", "rewards/accuracies"} <= set(told[0])
-    for kind in KINDS[1:]:
+    for kind in kinds[1:]:
         assert losses == pytest.approx(ends[kind][0], rel=1e-6)
         for one, two in zip(told, ends[kind][1], strict=True):
             assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
@@ -180,7 +183,10 @@ def test_a_reference_that_is_not_finite_names_the_row(tmp_path: Path) -> None:
 def test_what_auto_takes_and_what_cannot_be() -> None:
     samples = pair_samples(4)
     assert choose(Preference(), LoRA(), samples) == "method_off"
-    assert choose(Preference(), Full(), samples) == "frozen_copy"
+    assert choose(Preference(), Full(), samples) == "cached"
+    assert choose(Shifted(), Full(), samples) == "frozen_copy"
+    with pytest.raises(RecipeError, match="made anew in each step"):
+        choose(Shifted(reference="cached"), LoRA(), samples)
     assert choose(Preference(reference="frozen_copy"), LoRA(), samples) == "frozen_copy"
     with pytest.raises(RecipeError, match=r"objective\.reference"):
         choose(Preference(reference="method_off"), Full(), samples)

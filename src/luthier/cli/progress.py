@@ -20,7 +20,18 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from luthier.contracts.errors import UsageError
-from luthier.contracts.event import Evaluated, Event, Noted, Resumed, RunEnded, RunStarted, Saved, StepDone, StepSkipped
+from luthier.contracts.event import (
+    Evaluated,
+    Event,
+    Noted,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    Saved,
+    Scoring,
+    StepDone,
+    StepSkipped,
+)
 
 KINDS = ("auto", "rich", "plain", "json", "off")
 _EVERY_SECONDS = 5.0
@@ -156,6 +167,8 @@ def sentence(event: Event) -> str:
             f"training {event.trainable:,} of {event.parameters:,} parameters ({share:.2f} %) on {event.rows:,} rows, "
             f"{event.steps:,} steps, {event.epochs:g} epochs"
         )
+    if isinstance(event, Scoring):
+        return f"reference scores: {event.done:,} of {event.rows:,} rows, {_clock(event.seconds)}"
     if isinstance(event, Resumed):
         return f"resumed after step {event.step} from {event.checkpoint}"
     if isinstance(event, StepSkipped):

@@ -42,6 +42,16 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring(Event):
+    """Reference scores are computed before the first step: `done` of `rows`."""
+
+    event: ClassVar[str] = "scoring"
+    done: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone(Event):
     event: ClassVar[str] = "step"
     step: int  # 1-based

@@ -2,10 +2,13 @@
 
     method_off    the policy with its method switched off, trained biases and module copies too: no second model
     frozen_copy   a second model, loaded from the base's files: a whole copy of the weights in memory
+    cached        computed before the first step and kept on disk (cached.py): no second model, but only for the
+                  samples of the data, not for those that an objective makes of them in each step
 
-Both score in eval mode, without gradient, under an autocast of their own whose cache is off: a cast made without
+They score in eval mode, without gradient, under an autocast of their own whose cache is off: a cast made without
 gradient, or of a bias that is swapped out just now, must not be found by the policy's forward.
-A resumed run has the same reference: the one is the frozen base, the other comes from the files again.
+A resumed run has the same reference: the frozen base, the files again, or what is kept; what is not is computed before
+the checkpoint's weights go in.
 """
 
 from __future__ import annotations
@@ -26,21 +29,27 @@ from luthier.engine.modes import at_rest
 from luthier.engine.precision import Precision
 from luthier.engine.task import TrunkLike
 
-KINDS = ("method_off", "frozen_copy")
+KINDS = ("method_off", "frozen_copy", "cached")
 
 
 def choose(objective: Objective, method: Method, first: Sequence[Sample]) -> str:
     """Which of KINDS `objective.reference` means here; `first` are the samples of a step."""
-    asked = objective.reference
+    asked, others = objective.reference, bool(objective.beforehand(first))
     if asked == "auto":
-        return "frozen_copy" if method.trains_base else "method_off"
+        return "method_off" if not method.trains_base else "frozen_copy" if others else "cached"
+    if asked == "cached" and others:
+        raise RecipeError(
+            "this objective scores samples made anew in each step, which nothing can keep",
+            where="objective.reference", value=asked,
+            remedy=f"use {'frozen_copy' if method.trains_base else 'method_off'}",
+        )  # fmt: skip
     if asked not in KINDS:
         raise RecipeError("no such reference", where="objective.reference", value=asked,
                           remedy=f"use auto or one of: {', '.join(KINDS)}")  # fmt: skip
     if asked == "method_off" and method.trains_base:
         raise RecipeError(
             "the method changes the base itself, so switching it off gives nothing back", where="objective.reference",
-            value=asked, remedy="use auto or frozen_copy, or a method that leaves the base alone",
+            value=asked, remedy="use auto, cached or frozen_copy, or a method that leaves the base alone",
         )  # fmt: skip
     return asked
 
@@ -83,3 +92,21 @@ class FrozenCopy:
         """logprobs_N under the copy."""
         with torch.no_grad(), self.precision.autocast(batch.tokens_T.device, cache=False):
             return self.trunk.logprobs(batch)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """The policy itself, while its weights still are the start's."""
+
+    trunk: TrunkLike
+    precision: Precision
+
+    def ready(self, poll: Callable[[], None]) -> Iterator[Event]:
+        """Nothing to do."""
+        yield from ()
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """logprobs_N under the weights of now."""
+        with torch.no_grad(), at_rest(self.trunk.model):
+            with self.precision.autocast(batch.tokens_T.device, cache=False):
+                return self.trunk.logprobs(batch)

@@ -68,16 +68,18 @@ class Scorer:
     def _reference(self, batch: Batch) -> Tensor:
         assert self.reference is not None
         reference_N = self.reference.logprobs(batch)
-        if not bool(torch.isfinite(reference_N).all()):
-            raise not_finite(reference_N, batch)
+        check_finite(reference_N, batch)
         return reference_N
 
 
-def not_finite(reference_N: Tensor, batch: Batch) -> NumericError:
-    """Names the row: the reference never changes, so no other step would do better."""
-    first = int(torch.isfinite(reference_N).logical_not().nonzero()[0])
+def check_finite(reference_N: Tensor, batch: Batch) -> None:
+    """NumericError that names the row: the reference never changes, so no other step would do better."""
+    finite_N = torch.isfinite(reference_N)
+    if bool(finite_N.all()):
+        return
+    first = int(finite_N.logical_not().nonzero()[0])
     sample = int(batch.group_Q[batch.sequence_N[first]])
-    return NumericError(
+    raise NumericError(
         "the reference gives a log-probability that is not finite", where=str(batch.sources[sample]),
         value=float(reference_N[first]), remedy="leave the row out, or try engine.precision fp32",
     )  # fmt: skip

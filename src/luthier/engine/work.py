@@ -66,23 +66,31 @@ class Work:
         run = self.run
         start = find(run.directory, run.resume)
         notes = [*run.notes, *start.notes, *agree(start, self.identity(), run.benign, branch=self._is_branch())]
+        self.journal.cut(start.content.step if start.content is not None else -1)
         if start.content is not None:
+            yield from self._ready()  # as long as the weights are the start's
             saving.take_up(self, start.content)
         else:
             saving.check_disk(self)
-        self.journal.cut(self.state.step if start.content is not None else -1)
         notes += self._settle_threads(resumed=start.content is not None)
         if (self.run.engine.checkpoint_activations is True or self.state.recompute) and not self.use_recompute():
             notes.append("this model family cannot recompute activations: engine.checkpoint_activations has no effect")
         run.on_agreed()
         for note in notes:
             yield Noted("warning", note)
+        if start.content is None:
+            yield from self._ready()
         train_mode(self.model, dropout=not run.objective.disable_dropout)
         yield self._started()
         if start.path is not None:
             yield Resumed(self.state.step, start.path.name, time.time())
         if self.state.step >= self.steps:
             yield Noted("info", f"already complete: step {self.state.step} of {self.steps}")
+
+    def _ready(self) -> Iterator[Event]:
+        """What the reference must do before anything trains."""
+        if self.run.reference is not None:
+            yield from self.run.reference.ready(self.signals.poll)
 
     def identity(self) -> dict[str, Any]:
         """The caller's identity fields, and what the stream and the arithmetic depend on."""
