@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.models.score_head import as_causal, causal_class
+from luthier.models.score_head import as_causal
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
