@@ -119,9 +119,7 @@ class Stream:
 
     def packed(self, samples: Sequence[Sample]) -> list[Batch]:
         """Samples from elsewhere in microbatches like the stream's own."""
-        if self.spec.packing == "none":
-            return [collate([sample]) for sample in samples]
-        bins = pack([sample.length for sample in samples], self.microbatch_tokens)
+        bins = self._bins([sample.length for sample in samples])
         return [collate([samples[i] for i in members]) for members in bins]
 
     def fill(self, steps: int | None = None) -> float:
@@ -136,10 +134,12 @@ class Stream:
         return used / room
 
     def _members(self, rows: Sequence[int]) -> list[list[int]]:
+        return [[rows[i] for i in members] for members in self._bins([self.lengths[row] for row in rows])]
+
+    def _bins(self, lengths: Sequence[int]) -> list[list[int]]:
         if self.spec.packing == "none":
-            return [[row] for row in rows]
-        bins = balance([self.lengths[row] for row in rows], self.microbatch_tokens)
-        return [[rows[i] for i in members] for members in bins]
+            return [[index] for index in range(len(lengths))]
+        return balance(lengths, self.microbatch_tokens)
 
     def _batches(self, rows: Sequence[int]) -> list[Batch]:
         return [collate([self.samples[row] for row in members]) for members in self._members(rows)]
