@@ -102,6 +102,25 @@ def test_a_peer_name_inside_its_section(tmp_path: Path) -> None:
     assert len(notes) == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stage: dpo\npref_beta: 0.2\npref_loss: hinge\n", {"name": "dpo", "beta": 0.2, "loss_type": "hinge"}),
+        ("rl: kto\nrl_beta: 0.3\nkto_desirable_weight: 1.5\n",
+         {"name": "kto", "beta": 0.3, "desirable_weight": 1.5}),
+        ("objective: dpo\nbeta: 0.3\nprecompute_ref_log_probs: true\nloss_type: [sigmoid, sft]\n",
+         {"name": "dpo", "beta": 0.3, "reference": "cached", "loss_type": ["sigmoid", "sft"]}),
+        ("rlhf_type: cpo\nloss_type: simpo\ncpo_alpha: 0\nsimpo_gamma: 1\n",
+         {"name": "cpo", "loss_type": "simpo", "cpo_alpha": 0, "simpo_gamma": 1}),
+        ("stage: rm\n", {"name": "reward"}),
+        ("rl: orpo\norpo_alpha: 0.4\n", {"name": "orpo", "beta": 0.4}),
+    ],
+)  # fmt: skip
+def test_objectives_of_peers(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    fields, _ = got(tmp_path, "model: m\ndata: x\n" + text)
+    assert {f"objective.{name}": value for name, value in expected.items()}.items() <= fields.items()
+
+
 def test_an_override_wins_over_a_peer_name_in_the_file(tmp_path: Path) -> None:
     fields, _ = got(tmp_path, "model: m\ndata: x\ncutoff_len: 64\n", "data.max_tokens=32")
     assert fields["data.max_tokens"] == 32
@@ -131,6 +150,12 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("fp16: true\n", ["bf16", ":3:1"]),
         ("cutoff_len: long\n", ["`data.max_tokens` takes a whole number", ":3:13"]),
         ("method: qlora\nload_in_8bit: true\n", ["qlora means"]),
+        ("rl: ipo\n", ["loss_type: ipo", ":3:1"]),
+        ("pref_loss: simpo\n", ["objective: simpo", ":3:1"]),
+        ("objective: {name: dpo, pref_loss: kto_pair}\n", ["objective: kto reads pairs too"]),
+        ("rl: dpo\nrpo_alpha: 0.5\n", ["loss_weights: [1.0, it]", ":4:1"]),
+        ("objective: simpo\nsimpo_gamma: 0.5\n", ["unknown field `objective.simpo_gamma`", "did you mean `gamma`?"]),
+        ("objective: dpo\nref_model: other\n", ["the base that the run starts from"]),
         ("wat: 1\n", ["unknown field `wat`"]),
         ("optim: sgd9\n", ["`train.optimizer` takes adamw", "sgd9"]),
     ],
@@ -145,6 +170,7 @@ def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> 
 
 def test_every_target_is_a_field() -> None:
     known = set(paths()) | {path.replace(".lora.", ".") for path in paths()}
+    known |= {".".join(path.split(".")[::2]) for path in paths() if path.startswith("objective.")}
     missing = {
         name: target for name, (target, _) in PEERS.items() if target not in known | {"method.name", "objective.name"}
     }

@@ -67,6 +67,20 @@ def _bits(value: Any) -> Any:
     return {4: "nf4", 8: "int8", 16: "none"}.get(value, value) if isinstance(value, int) else value
 
 
+def _objective(value: Any) -> Any:
+    if value == "ipo":
+        raise ValueError("it is a loss of DPO: objective: {name: dpo, loss_type: ipo}")
+    return {"rm": "reward", "pt": "sft"}.get(value, value) if isinstance(value, str) else value
+
+
+def _pref_loss(value: Any) -> Any:
+    if value in ("orpo", "simpo"):
+        raise ValueError(f"it is an objective of its own: objective: {value}")
+    if value == "kto_pair":
+        raise ValueError("objective: kto reads pairs too")
+    return value
+
+
 SCHEDULES = _words(constant_with_warmup="constant", warmup_stable_decay="wsd", cosine_with_min_lr="cosine")
 OPTIMIZERS = _words(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw")
 PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", no="fp32")
@@ -101,7 +115,20 @@ PEERS: dict[str, tuple[str, Read]] = {
     **dict.fromkeys(("lora_modules_to_save", "additional_target", "modules_to_save"),
                     ("method.modules_to_save", _files)),
     "use_rslora": ("method.use_rslora", _same),
-    **dict.fromkeys(("stage", "rl", "rlhf_type"), ("objective.name", _same)),
+    **dict.fromkeys(("stage", "rl", "rlhf_type"), ("objective.name", _objective)),
+    **dict.fromkeys(("beta", "pref_beta", "rl_beta", "orpo_alpha"), ("objective.beta", _same)),
+    "loss_type": ("objective.loss_type", _same),
+    "pref_loss": ("objective.loss_type", _pref_loss),
+    **dict.fromkeys(("label_smoothing", "dpo_label_smoothing"), ("objective.label_smoothing", _same)),
+    **dict.fromkeys(("desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
+                    ("objective.desirable_weight", _same)),
+    **dict.fromkeys(("undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
+                    ("objective.undesirable_weight", _same)),
+    "precompute_ref_log_probs": ("objective.reference", _when_true("cached", "auto")),
+    **{name: (f"objective.{name}", _same) for name in (
+        "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "disable_dropout",
+        "cpo_alpha", "simpo_gamma", "gamma_beta_ratio", "center_rewards_coefficient",
+    )},
     **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs", _same)),
     "max_steps": ("train.max_steps", _no_limit),
     **dict.fromkeys(("learning_rate", "lr"), ("train.learning_rate", _same)),
@@ -134,6 +161,14 @@ _REFUSED: dict[str, str] = {
     "overwrite_output_dir": "pass --fresh to `luthier train` instead",
     "resume_from_checkpoint": "pass --resume to `luthier train` instead",
     "trust_remote_code": "code of a model directory is never run",
+    **dict.fromkeys(
+        ("rpo_alpha", "pref_ftx"), "objective: {name: dpo, loss_type: [sigmoid, sft], loss_weights: [1.0, it]}"
+    ),
+    **dict.fromkeys(("ref_model", "ref_model_name_or_path"), "the reference is the base that the run starts from"),
+    "reference_free": "simpo, cpo and orpo need no reference",
+    "sync_ref_model": "the reference stays as it is; not here yet",
+    **dict.fromkeys(("use_weighting", "dpo_use_weighting"), "WPO needs the whole distribution at each token"),
+    "max_prompt_length": "data.max_tokens bounds prompt and answer together",
     "deepspeed": "not here yet; engine.strategy: single",
     "fsdp": "not here yet; engine.strategy: single",
 }
