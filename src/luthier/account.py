@@ -103,7 +103,8 @@ def end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
     replace_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
     facts = CardFacts(
         base=recipe.model.path, method=recipe.method["name"], objective=recipe.objective["name"],
-        adapter=not work.method.trains_base, method_fields={k: v for k, v in recipe.method.items() if k != "name"},
+        adapter=not work.method.trains_base, scores=loaded.reads == "scores",
+        method_fields={k: v for k, v in recipe.method.items() if k != "name"},
         data=work.prepared.ledger.summary().splitlines(),
         results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
         peft=work.method.peft_type is not None, version=luthier.__version__,

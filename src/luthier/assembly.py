@@ -86,7 +86,9 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     notes: list[str] = []
     encoder = encoder_of(recipe, text, notes, now)
     prepared = prepared_rows(recipe, encoder)
-    loaded, trunk = _open(recipe, method, precision, device)
+    loaded, trunk = _open(recipe, method, precision, device, objective.reads)
+    if loaded.new_head:
+        notes.append("the score head is new: it starts at random, from train.seed")
     notes += _reach(method, shapes_of(loaded.model))
     torch.manual_seed(seed_of("init", recipe.train.seed))
     method.check(loaded.model)
@@ -106,10 +108,13 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     return work
 
 
-def _open(recipe: Recipe, method: Method, precision: Precision, device: torch.device) -> tuple[Loaded, Trunk]:
+def _open(
+    recipe: Recipe, method: Method, precision: Precision, device: torch.device, reads: str = "logprobs"
+) -> tuple[Loaded, Trunk]:
     """The base from its files; what trains is float32, so a base that trains is loaded as that."""
     dtype = torch.float32 if method.trains_base else precision.frozen
-    loaded = load_model(recipe.model, dtype=dtype, device=device)
+    seed = seed_of("score head", recipe.train.seed)
+    loaded = load_model(recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed)
     return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
 
 

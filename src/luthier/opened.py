@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from luthier.artifact.adapter import CONFIG, load_adapter, read_adapter
-from luthier.contracts.errors import ModelError
+from luthier.contracts.errors import ModelError, UsageError
 from luthier.contracts.method import Method
 from luthier.contracts.record import Chat, Completion, Source, Text
 from luthier.data.encode import Encoder
@@ -51,6 +51,14 @@ class Opened:
             return self.encoder.prompt_ids(record.messages, record.tools)
         return self.encoder.raw_prompt_ids(record.prompt if isinstance(record, Completion) else record.text)
 
+    def refuse_reward_model(self) -> None:
+        """UsageError where the target scores answers and so writes none."""
+        if self.loaded.reads == "scores":
+            raise UsageError(
+                "the target is a reward model: it scores answers and writes none", where=str(self.target),
+                remedy="rank pairs with it: luthier evaluate TARGET --on PAIRS",
+            )  # fmt: skip
+
     def as_record(self, prompt: str, system: str | None, raw: bool) -> Chat | Text:
         """A prompt as the target expects it: a conversation where it has a chat template, else plain text."""
         source = Source("--prompt", 1)
@@ -76,7 +84,8 @@ def open_target(target: str | Path, *, base: str | None = None, data: dict[str, 
         section = ModelSection(path=str(found), add_tokens=tuple(adapter.side.get("added_tokens", ())))
     device = resolve_device("auto")
     try:
-        loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device)
+        reads = adapter.reads if adapter is not None else "saved"
+        loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device, reads=reads)
     except ModelError as error:
         if adapter is None or base is not None:
             raise

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ from luthier.engine.resume import enter, template_date
 from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
+from luthier.evaluation.reward import RewardScorer, ranking
 from luthier.models.load import load_text, save_whole
 from luthier.models.probe import open_trunk
 from luthier.opened import Opened, open_target
@@ -168,6 +169,7 @@ def generate(
     if not 0.0 <= temperature < math.inf:
         raise UsageError("not a temperature", where="--temperature", value=temperature, remedy="0 is greedy, 1 plain")
     opened = target if isinstance(target, Opened) else open_target(target, base=base)
+    opened.refuse_reward_model()
     if system and (raw or opened.encoder.template is None):
         why = "--raw uses no chat template" if raw else "the target has no chat template"
         raise UsageError(f"a system message has no place: {why}", where="--system", remedy="write it into the prompt")
@@ -183,6 +185,7 @@ def reply(
     opened: Opened, messages: Sequence[dict[str, str]], *, max_new_tokens: int = 256, temperature: float = 0.0
 ) -> Iterator[str]:
     """The answer to a conversation, piece by piece."""
+    opened.refuse_reward_model()
     if opened.encoder.template is None:
         raise UsageError("the target has no chat template", remedy="use `luthier generate --raw`")
     ids = opened.encoder.prompt_ids(messages)
@@ -195,9 +198,14 @@ def evaluate(
     target: str | Path | Opened, *, on: str, exact_match: bool | None = None, max_new_tokens: int = 256,
     max_tokens: int = 2048, limit: int | None = None, answers: str | None = None, base: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Loss, perplexity and, where rows have answers, exact match; `dropped` counts the rows not scored."""
+    """Loss, perplexity and, where rows have answers, exact match; `dropped` counts the rows not scored.
+
+    Of a reward model on pairs: how many it ranks as the rows say.
+    """
     opened = target if isinstance(target, Opened) else open_target(target, base=base, data={"max_tokens": max_tokens})
     section = DataSection(train=(DataSource(path=on),), max_tokens=max_tokens)
+    if opened.loaded.reads == "scores":
+        return _rank(opened, section, exact_match, limit, answers)
     prepared = prepare(section, opened.encoder, seed=0)
     samples, records = prepared.train[:limit], prepared.train_records[:limit]
     longest = max(sample.length for sample in samples)
@@ -225,6 +233,20 @@ def evaluate(
     return scores
 
 
+def _rank(
+    opened: Opened, section: DataSection, exact_match: bool | None, limit: int | None, answers: str | None
+) -> dict[str, Any]:
+    if exact_match:
+        opened.refuse_reward_model()
+    prepared = prepare(section, opened.encoder, seed=0, kinds=("Pair",), objective="reward")
+    budget = MICROBATCH_TOKENS.get(opened.model.device.type, 4096)
+    pairs = RewardScorer(opened.model, opened.encoder, budget).pairs(prepared.train[:limit])
+    if answers:
+        lines = [json.dumps({**asdict(pair), "right": pair.right}) + "\n" for pair in pairs]
+        replace_text(Path(answers), "".join(lines))
+    return {**ranking(pairs), "rows": len(pairs), "dropped": prepared.ledger.reasons}
+
+
 def _answers(opened: Opened, max_new_tokens: int, prompts: list[list[int]]) -> list[str]:
     spec = SamplingSpec(max_new_tokens, stop_ids=opened.encoder.stop_ids, batch=64)
     made = generate_tokens(opened.model, opened.tokenizer, prompts, spec)
@@ -248,6 +270,7 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> d
     save_whole(opened.model, opened.tokenizer, template, out)
     return {
         "out": str(out), "max_logit_difference": report.max_abs_logit_difference,
+        "of": "logits" if opened.loaded.reads == "logprobs" else "scores",
         "greedy_equal": report.greedy_agreement == 1.0, "tokens": report.probe_tokens, "dtype": report.dtype,
         "notes": [*opened.notes, *report.notes],
     }  # fmt: skip

@@ -24,6 +24,7 @@ class CardFacts:
     method_fields: Mapping[str, Any] = field(default_factory=dict)
     data: Sequence[str] = ()  # one line per source, e.g. "chats.jsonl: 1,000 rows, 12 dropped"
     results: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"steps": 100, "final loss": 1.23}
+    scores: bool = False  # a reward model: it scores answers and writes none
     peft: bool = True  # PEFT can read the adapter
     version: str = ""
     recipe: str = ""  # the resolved recipe, YAML
@@ -50,14 +51,16 @@ def _front(facts: CardFacts) -> str:
     lines = [
         f"base_model: {json.dumps(facts.base)}",
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
-        f"tags: {json.dumps(['luthier', facts.method, facts.objective])}",
+        f"pipeline_tag: {'text-classification' if facts.scores else 'text-generation'}",
+        f"tags: {json.dumps(['luthier', facts.method, facts.objective, *(['reward-model'] if facts.scores else [])])}",
     ]
     return "\n".join(["---", *lines, "---"])
 
 
 def _summary(facts: CardFacts) -> str:
     what = "An adapter for" if facts.adapter else "A model tuned from"
+    if facts.scores:
+        what = "An adapter that makes a reward model of" if facts.adapter else "A reward model from"
     by = f"luthier {facts.version}".strip()
     return f"{what} {_inline(facts.base)}: method `{facts.method}`, objective `{facts.objective}`, trained with {by}."
 
@@ -68,6 +71,8 @@ def _table(title: str, facts: Mapping[str, Any]) -> str:
 
 
 def _use(facts: CardFacts) -> str:
+    if facts.scores:
+        return _use_of_scores(facts)
     if not facts.adapter:
         return "## Use\n\nLoad the directory with transformers, or `luthier chat DIRECTORY`."
     if not facts.peft:
@@ -78,6 +83,30 @@ def _use(facts: CardFacts) -> str:
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), DIRECTORY)"
     )
     return f"## Use\n\n`luthier chat DIRECTORY`, `luthier merge DIRECTORY --out MODEL`, or\n\n```python\n{code}\n```"
+
+
+def _use_of_scores(facts: CardFacts) -> str:
+    base = json.dumps(facts.base) if facts.adapter else "DIRECTORY"
+    code = [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
+        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+        f"model = AutoModelForSequenceClassification.from_pretrained({base}, num_labels=1)",
+        "model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last token that is not this one",
+    ]
+    code = [line.replace("(DIRECTORY", '("DIRECTORY"') for line in code]
+    if facts.adapter and facts.peft:
+        code[0] = "from peft import PeftModel\n" + code[0]
+        code.append('model = PeftModel.from_pretrained(model, "DIRECTORY")')
+    code.append(
+        "score = model(**tokenizer.apply_chat_template(messages, return_tensors='pt', return_dict=True)).logits[0, 0]"
+    )
+    merge = ", `luthier merge DIRECTORY --out MODEL`" if facts.adapter else ""
+    rank = f"`luthier evaluate DIRECTORY --on PAIRS`{merge}"
+    what = "A reward model: it gives a conversation that ends with an answer one score, and writes nothing itself."
+    if facts.adapter and not facts.peft:
+        return f"## Use\n\n{what} {rank}."
+    block = "\n".join(code)
+    return f"## Use\n\n{what} {rank}, or\n\n```python\n{block}\n```"
 
 
 def _short(value: Any) -> str:

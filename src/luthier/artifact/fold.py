@@ -3,8 +3,8 @@
 On probe rows, the largest |difference of logits| between adapter on and merged, and the share of positions whose
 greedy token is the same. In fp32 both are rounding; in bf16 the merged weights are rounded once more, and small
 updates can be lost in that: the numbers say how much. A difference above the tolerance (relative to the largest
-logit; by dtype) is refused before anything is written. Left out: quantised bases (merge into the full-precision
-one), requantising.
+logit; by dtype) is refused before anything is written. Of a reward model, the score at every token stands for the
+logits. Left out: quantised bases (merge into the full-precision one), requantising.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from luthier.artifact.adapter import load_adapter
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
 from luthier.models.replace import replace_directory
+from luthier.models.score_head import every_output
 from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
 
@@ -96,10 +97,10 @@ def _random_rows(model: nn.Module) -> list[list[int]]:
 
 
 def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """(T, V) fp32 of each row alone, no padding."""
+    """(T, V) fp32 of each row alone, no padding; of a reward model (T, 1), the score at every token."""
     device = next(model.parameters()).device
     with torch.no_grad(), native_attention(model):
-        return [model(input_ids=torch.tensor([row], device=device)).logits[0].float() for row in rows]
+        return [every_output(model, torch.tensor([row], device=device))[0].float() for row in rows]
 
 
 def _compare(before: list[Tensor], after: list[Tensor], tolerance: float, dtype: str) -> FoldReport:

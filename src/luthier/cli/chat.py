@@ -24,6 +24,7 @@ def command(
 
     talkers = [run.load(target, base=base) for target in targets]
     for name, talker in zip(targets, talkers, strict=True):
+        talker.refuse_reward_model()
         if talker.encoder.template is None:
             raise UsageError("the target has no chat template", where=name, remedy="use `luthier generate --raw`")
     opening = [{"role": "system", "content": system}] if system else []

@@ -1,5 +1,7 @@
 """`luthier evaluate TARGET --on FILE`: loss, perplexity and exact match on rows the target has not seen.
 
+A reward model ranks pairs instead: the share that it ranks as the rows say.
+
 The rows go through the same template, mask and packing as in training. Leaves out task suites and judges.
 """
 
@@ -31,9 +33,18 @@ def command(target: str, on: str, as_json: bool, **how: Any) -> None:
     if as_json:
         click.echo(json.dumps(scores))
         return
+    if "accuracy" in scores:
+        click.echo(f"ranked right {scores['accuracy']:.3f} of {scores['pairs']} pairs")
+        click.echo(f"loss {scores['loss']:.4f} per pair (0.6931: knows nothing), mean margin {scores['margin']:.3f}")
+        _dropped(scores)
+        return
     click.echo(f"rows {scores['rows']}, scored tokens {scores['scored_tokens']:,}")
     click.echo(f"loss {scores['loss']:.4f} nats per token, perplexity {scores['perplexity']:.3f}")
     if scores["exact_match"] is not None:
         click.echo(f"exact match {scores['exact_match']:.3f}")
+    _dropped(scores)
+
+
+def _dropped(scores: dict[str, Any]) -> None:
     for reason, count in scores["dropped"].items():
         click.echo(f"not scored: {count} rows, {reason}")

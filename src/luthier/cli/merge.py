@@ -24,8 +24,9 @@ def command(adapter: str, out: str, base: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report))
         return
+    greedy = f"; greedy tokens {'equal' if report['greedy_equal'] else 'DIFFER'}" if report["of"] == "logits" else ""
     click.echo(
         f"merged model  {report['out']}\n"
-        f"largest difference of logits, adapter against merged: {report['max_logit_difference']:.2e} "
-        f"over {report['tokens']} tokens; greedy tokens {'equal' if report['greedy_equal'] else 'DIFFER'}"
+        f"largest difference of {report['of']}, adapter against merged: {report['max_logit_difference']:.2e} "
+        f"over {report['tokens']} tokens{greedy}"
     )

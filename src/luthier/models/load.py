@@ -108,6 +108,7 @@ def load_model(
         settle_padding(model, tokenizer, stop_ids(model, tokenizer))
         if not saved_with_score:
             start_head(model, head_seed)
+        model.get_submodule(HEAD).float()  # one row: its precision costs nothing
     model.to(device).eval()  # type: ignore[arg-type]
     return Loaded(
         model=model,

@@ -105,6 +105,15 @@ def scores(head: nn.Module, hidden_QD: Tensor) -> Tensor:
         return head(hidden_QD.to(weight.dtype)).squeeze(-1).float()
 
 
+def every_output(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """What the model says at every token, native: logits (B, T, V), or of a reward model scores (B, T, 1)."""
+    head = score_head(model)
+    if head is None:
+        return model(input_ids=ids_BT).logits
+    hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False)[0]  # type: ignore[operator]
+    return scores(head, hidden_BTD)[..., None]
+
+
 def as_causal(model: nn.Module) -> nn.Module:
     """The model itself, or for a reward model its decoder under a random language head of the same family."""
     if score_head(model) is None:
