@@ -91,7 +91,7 @@ def _use_of_scores(facts: CardFacts) -> str:
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
         f"model = AutoModelForSequenceClassification.from_pretrained({base}, num_labels=1)",
-        "model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last token that is not this one",
+        "model.config.pad_token_id = tokenizer.pad_token_id  # the score is read at the last other token",
     ]
     code = [line.replace("(DIRECTORY", '("DIRECTORY"') for line in code]
     if facts.adapter and facts.peft:
