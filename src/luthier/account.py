@@ -98,7 +98,7 @@ def end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
     report = {
         "run_dir": str(directory), **told, "eval_loss": outcome.eval_loss, "result_dir": str(result),
         "result_from": f"step {outcome.step}, {'the best' if outcome.is_best else 'the last'}",
-        "mergeable": work.method.mergeable, "notes": work.notes,
+        "mergeable": work.method.mergeable, "reads": loaded.reads, "notes": work.notes,
     }  # fmt: skip
     replace_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
     facts = CardFacts(

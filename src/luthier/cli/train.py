@@ -67,8 +67,14 @@ def _closing_lines(report: dict[str, Any]) -> str:
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']:.1f} s, {losses}",
         f"result   {result} (from {report['result_from']})",
         f"run      {report['run_dir']} (loss.png, report.json, journal.jsonl)",
-        f'next     {program()} generate {report["run_dir"]} --prompt "…"',
+        f"next     {program()} {_use_of(report)}",
     ]
     if report["mergeable"]:
         lines.append(f"         {program()} merge {result} --out merged")
     return "\n".join(lines)
+
+
+def _use_of(report: dict[str, Any]) -> str:
+    if report["reads"] == "scores":
+        return f"evaluate {report['run_dir']} --on PAIRS.jsonl"
+    return f'generate {report["run_dir"]} --prompt "…"'
