@@ -87,3 +87,15 @@ def test_commands_and_program_of_the_tutorial(
     told = follow("docs/tutorial.md", monkeypatch, capfd)
     assert "lora-sft" in told["recipes ls"]
     run_program("docs/tutorial.md", place)
+
+
+def test_commands_and_program_of_the_reward_page(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    question = {"role": "user", "content": "Capital of France?"}
+    pairs = [{"prompt": [question], "chosen": [{"role": "assistant", "content": f"Paris {n}."}],
+              "rejected": [{"role": "assistant", "content": f"Lyon {n}."}]} for n in range(40)]  # fmt: skip
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), "utf-8")
+    told = follow("docs/reward.md", monkeypatch, capfd)
+    assert "of 40 pairs" in told["evaluate reward-model"]
+    run_program("docs/reward.md", place)

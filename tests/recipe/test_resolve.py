@@ -118,7 +118,7 @@ def test_shipped_recipes_read_without_a_complaint(name: str) -> None:
 
 
 def test_shipped_names() -> None:
-    assert {"lora-sft", "full-sft", "continued-pretraining"} <= set(shipped.ls())
+    assert {"lora-sft", "full-sft", "continued-pretraining", "reward"} <= set(shipped.ls())
     assert shipped.text("lora-sft.yaml") == shipped.text("lora-sft")
     with pytest.raises(UsageError, match="lora-sft"):
         shipped.text("nothing")
