@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
+from luthier.models import cut
 from luthier.models.load import Loaded, load_model, save_whole
 from luthier.models.probe import open_trunk
 from luthier.models.score_head import as_causal, padding_of, score_head
@@ -138,6 +139,19 @@ def test_the_twin_has_the_very_decoder_and_leaves_it_alone(tmp_path: Path) -> No
     open_trunk(model).close()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert score_head(model) is model.score
+
+
+def test_a_large_reward_model_is_probed_by_a_cut_of_its_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reward_model(directory(tmp_path)).model
+    monkeypatch.setattr(cut, "SMALL_MODEL_PARAMETERS", 0)
+    subject = next(cut.subjects(model))
+    assert type(subject).__name__ == "LlamaForCausalLM" and subject.model is not model.model
+    samples = pairs()
+    trunk = open_trunk(model)
+    assert trunk.path == "forest"
+    torch.testing.assert_close(trunk.scores(collate(samples)), alone(model, samples), rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_score_head_is_refused_by_name(tmp_path: Path) -> None:

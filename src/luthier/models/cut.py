@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.models.score_head import as_causal
+from luthier.models.score_head import as_causal, causal_class, score_head
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
@@ -46,7 +46,8 @@ def subjects(model: nn.Module) -> Iterator[nn.Module]:
     if size <= SMALL_MODEL_PARAMETERS and dtypes == {torch.float32} and _short_window(model.config):
         yield as_causal(model)
         return
-    wanted, text = kinds_of(model), model.config.get_text_config()
+    whole = model if score_head(model) is None else model.base_model
+    wanted, text = kinds_of(whole), model.config.get_text_config()  # type: ignore[arg-type]
     for shrink in (_thin, _narrow, None):
         for layers in _more(layers_needed(text), _depth(text)):
             made = _build(model, shrink, layers)
@@ -56,7 +57,7 @@ def subjects(model: nn.Module) -> Iterator[nn.Module]:
                 if _runs(made):
                     yield made
                 break
-    yield model
+    yield as_causal(model)
 
 
 def _more(layers: int, depth: int) -> Iterator[int]:
@@ -93,7 +94,7 @@ def _build(model: nn.Module, shrink: Callable[[Any], None] | None, layers: int) 
             if text is not config:
                 _narrow(config)
         with torch.device("cpu"):
-            made = type(model)(config)
+            made = causal_class(model)(config)
     except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
         return None
     return made.float()
