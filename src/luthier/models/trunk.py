@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from luthier.models.attention import Kept, forest_context, kept_rows
 from luthier.models.head import decoder_of
 from luthier.models.last_layer import WORTH, Restricted
 from luthier.models.limits import Limits
-from luthier.models.logprobs import HeadMap, gather_logprobs, token_logprobs
+from luthier.models.logprobs import HeadMap, How, gather_logprobs, token_logprobs
 from luthier.models.score_head import score_head, scores
 from luthier.models.sites import SavedModule, Site
 from luthier.models.switch import native_attention, switch_in, switch_out
@@ -42,7 +42,18 @@ from luthier.models.unpacked import Path, paths_of
 
 _CHUNK_ROWS = 256
 
-End = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]  # (model inputs, scored rows, targets) -> per scored token
+
+class Asked(NamedTuple):
+    """What is asked of the scored rows, one entry each."""
+
+    targets_N: Tensor
+    coefficients_N: Tensor | None = None  # the loss will be sum_n c_n logprob_n times one scalar
+
+    def pick(self, rows: Tensor) -> Asked:
+        return Asked(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+End = Callable[[dict[str, Tensor], Tensor, Asked], Tensor]  # (model inputs, scored rows, asked) -> per scored token
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +103,9 @@ class Trunk:
         if self._restricted is not None:
             self._restricted.undo()
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        """logprobs_N float32 of the batch's scored tokens, differentiable."""
-        return self._over(batch, self._logprobs)
+    def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
+        """logprobs_N float32 of the batch's scored tokens, differentiable; see `Objective.coefficients`."""
+        return self._over(batch, self._logprobs, coefficients_N)
 
     def logits(self, batch: Batch) -> Tensor:
         """logits_NV at the batch's scored positions, all of them at once: for checks on small batches."""
@@ -105,17 +116,18 @@ class Trunk:
         assert batch.last_Q is not None
         return self._over(replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q]), self._scores)
 
-    def _over(self, batch: Batch, end: End) -> Tensor:
+    def _over(self, batch: Batch, end: End, coefficients_N: Tensor | None = None) -> Tensor:
+        asked = Asked(batch.targets_N, coefficients_N)
         if self.path == "unpacked":
             with native_attention(self.model):
-                return self._by_path(batch, paths_of(batch), partial(self._rows, batch, end))
+                return self._by_path(batch, paths_of(batch), partial(self._rows, batch, end, asked))
         if not self.facts.limits.allow(batch):
             single = [[path] for paths in paths_of(batch) for path in paths]
-            return self._by_path(batch, single, partial(self._single, batch, end))
+            return self._by_path(batch, single, partial(self._single, batch, end, asked))
         with forest_context(batch.forest, self.facts.kernel, self._kept(batch)):
             positions_T = self.facts.limits.positions_T(batch)
             inputs = {"input_ids": batch.tokens_T[None], "position_ids": positions_T[None]}
-            return end(inputs, batch.scored_N, batch.targets_N)
+            return end(inputs, batch.scored_N, asked)
 
     def _kept(self, batch: Batch) -> Kept | None:
         """The rows that the last layer computes; None: all, where few are left out or the head is not known apart."""
@@ -135,7 +147,7 @@ class Trunk:
         back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
         return whole.index_select(0, back.to(whole.device))
 
-    def _single(self, batch: Batch, end: End, paths: list[Path]) -> Tensor:
+    def _single(self, batch: Batch, end: End, asked: Asked, paths: list[Path]) -> Tensor:
         """One path under forest attention: what a batch beyond the limits takes (recompute finds the same mask)."""
         path, device = paths[0], batch.tokens_T.device
         rows_T = torch.tensor(path.rows, device=device)
@@ -145,33 +157,35 @@ class Trunk:
         positions_T = self.facts.limits.positions_T(batch)[rows_T]
         with forest_context(Forest((0,), (len(rows_T),), (-1,)), self.facts.kernel):
             inputs = {"input_ids": batch.tokens_T[rows_T][None], "position_ids": positions_T[None]}
-            return end(inputs, scored, batch.targets_N[wanted])
+            return end(inputs, scored, asked.pick(wanted))
 
-    def _rows(self, batch: Batch, end: End, paths: list[Path]) -> Tensor:
+    def _rows(self, batch: Batch, end: End, asked: Asked, paths: list[Path]) -> Tensor:
         device = batch.tokens_T.device
         rows_BT = torch.tensor([path.rows for path in paths], device=device)
         length = rows_BT.shape[1]
         flat = [b * length + offset for b, path in enumerate(paths) for offset in path.offsets]
         scored = torch.tensor(flat, dtype=torch.int64, device=device)
         wanted = torch.tensor([i for path in paths for i in path.scored], dtype=torch.int64, device=device)
-        return end({"input_ids": batch.tokens_T[rows_BT]}, scored, batch.targets_N[wanted])
+        return end({"input_ids": batch.tokens_T[rows_BT]}, scored, asked.pick(wanted))
 
-    def _logprobs(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
+    def _logprobs(self, inputs: dict[str, Tensor], scored_N: Tensor, asked: Asked) -> Tensor:
         head_map = self.facts.head_map
         if head_map is None:
-            return gather_logprobs(self._whole(inputs, scored_N), targets_N)
+            return gather_logprobs(self._whole(inputs, scored_N), asked.targets_N)
         hidden, head = self._hidden(inputs, scored_N), _head(self.model)
         if _plain_linear(head):
-            return token_logprobs(hidden, head.weight, targets_N, bias_V=head.bias, head_map=head_map)
-        return _chunked(head, hidden, targets_N, head_map)
+            return token_logprobs(
+                hidden, head.weight, asked.targets_N, bias_V=head.bias, head_map=head_map, how=How(asked.coefficients_N)
+            )
+        return _chunked(head, hidden, asked.targets_N, head_map)
 
-    def _logits(self, inputs: dict[str, Tensor], scored_N: Tensor, targets_N: Tensor) -> Tensor:
+    def _logits(self, inputs: dict[str, Tensor], scored_N: Tensor, asked: Asked) -> Tensor:
         head_map = self.facts.head_map
         if head_map is None:
             return self._whole(inputs, scored_N)
         return head_map.apply(self.model.get_output_embeddings()(self._hidden(inputs, scored_N)))
 
-    def _scores(self, inputs: dict[str, Tensor], last_Q: Tensor, targets_Q: Tensor) -> Tensor:
+    def _scores(self, inputs: dict[str, Tensor], last_Q: Tensor, asked: Asked) -> Tensor:
         head = score_head(self.model)
         if head is None:
             raise ModelError("this model has no score head", value=type(self.model).__name__)
