@@ -33,6 +33,7 @@ from luthier.engine.precision import Precision, resolve_device, resolve_precisio
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
+from luthier.engine.strategy.in_backward import check_in_backward
 from luthier.engine.task import Reference, Run
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
@@ -78,6 +79,8 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     """`now`: what templates print as the date; a resumed run passes the one it began with."""
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     _refuse_loggers(recipe)
+    if recipe.train.optimizer_in_backward:
+        check_in_backward(method, recipe.train.max_grad_norm)
     device = resolve_device(recipe.engine.device)
     precision = _precision(recipe, device)
     if recipe.engine.threads != "auto":

@@ -82,6 +82,9 @@ class Options:
     schedule: str = "cosine"
     checkpoint_activations: Any = "auto"
     keep_best: str | None = "eval_loss"
+    in_backward: bool = False  # the optimizer's step inside backward
+    max_grad_norm: float = 1.0
+    family: str = "llama"
     reference: str | None = None  # method_off, frozen_copy, cached: pairs, with a reference had in this way
     cache: str = ""  # where cached scores lie; default: in the run directory
     guard: Guard = field(default_factory=Guard)
@@ -90,7 +93,7 @@ class Options:
 def build(directory: Path, **changes: Any) -> Run:
     """A run, ready to train."""
     o = Options(**changes)
-    model = tiny("llama")
+    model = tiny(o.family)
     method = METHODS[o.method]
     method.attach(model)
     spec = StreamSpec(
@@ -101,7 +104,8 @@ def build(directory: Path, **changes: Any) -> Run:
     held_out = rows(o.evaluation, seed=9, first_id=1000) if o.evaluation else []
     section = TrainSection(
         max_steps=o.steps, save_every=o.save_every, keep=o.keep, learning_rate=o.learning_rate, seed=o.seed,
-        warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule,
+        warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule, max_grad_norm=o.max_grad_norm,
+        optimizer_in_backward=o.in_backward,
     )  # fmt: skip
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)

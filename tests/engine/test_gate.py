@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from engine import rig
-from luthier.contracts.batch import Batch
+from engine.pairs import Preference, Shifted
+from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.objective import Loss, Objective, Scored
-from luthier.contracts.record import Piece, Sample
+from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.stream import Stream
 from luthier.engine.gate import GateFailure, run_gate
+from luthier.engine.gate_numbers import unshared
 from luthier.engine.gate_spec import GateSpec, Prompt
 from luthier.engine.scoring import Scorer
 from luthier.engine.task import Run
@@ -150,6 +152,48 @@ def test_packed_rows_that_see_each_other(tmp_path: Path) -> None:
         run_gate(spec_of(run, trunk=Leaky(run)))
     failures = [check["name"] for check in caught.value.evidence["checks"] if check["status"] == "fail"]
     assert "packed = alone" in failures
+
+
+def pair_spec(tmp_path: Path, **changes: Any) -> GateSpec:
+    run = rig.build(tmp_path, reference="method_off")
+    trunk = changes.pop("trunk", run.trunk)
+    scorer = Scorer(trunk, changes.pop("objective", run.objective), run.device, run.precision, run.reference)
+    return GateSpec(scorer=scorer, stream=run.stream, stop_ids=(260,), bos_id=257, rows_read=48, **changes)
+
+
+@pytest.mark.parametrize("objective", [Preference(), Shifted()])
+def test_trees_pass_each_answer_compared_with_a_whole_row_of_its_own(tmp_path: Path, objective: Objective) -> None:
+    evidence = run_gate(pair_spec(tmp_path, objective=objective))
+    checks = {check["name"]: check for check in evidence["checks"]}
+    assert {checks[name]["status"] for name in ("packed = alone", "accumulation", "stop token")} == {"pass"}
+    assert checks["finite loss"]["evidence"]["loss"] > 0.5
+
+
+def test_answers_that_see_each_other(tmp_path: Path) -> None:
+    """The same rows in the same pack, but the tree taken for one row: alone it would look alike."""
+    run = rig.build(tmp_path, reference="method_off")
+
+    class Flat:
+        model = run.trunk.model
+
+        def logprobs(self, batch: Batch) -> Tensor:
+            forest, groups = batch.forest, batch.segment_sample
+            starts = [s for i, s in enumerate(forest.start) if i == 0 or groups[i] != groups[i - 1]]
+            whole = Forest(tuple(starts), (*starts[1:], batch.tokens), (-1,) * len(starts))
+            return run.trunk.logprobs(replace(batch, forest=whole, positions_T=whole.positions_T()))
+
+    with pytest.raises(GateFailure) as caught:
+        run_gate(pair_spec(tmp_path / "b", trunk=Flat()))
+    failures = [check["name"] for check in caught.value.evidence["checks"] if check["status"] == "fail"]
+    assert failures == ["packed = alone"]
+
+
+def test_the_sequences_of_a_tree_as_rows() -> None:
+    """With the prompt as the last sequence too, as ORPO's objective asks for it."""
+    prompt, good, bad = Piece([1, 2, 3], [0.0, 1.0, 1.0]), Piece([4, 5], [1.0, 1.0], 0), Piece([6], [1.0], 0)
+    rows = unshared(Sample((prompt, good, bad), Source("a.jsonl", 1), 0, (1, 2, 0)))
+    assert [list(row.pieces[0].tokens) for row in rows] == [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 6]]
+    assert [list(row.pieces[0].weights) for row in rows] == [[0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 1]]
 
 
 class MeanOfMeans(Objective):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.objective import Loss
@@ -20,7 +21,20 @@ LossOf = Callable[[Batch], Loss]
 class Strategy(Protocol):
     """Places the model, runs microbatches forward and backward, clips and steps; sums over its ranks."""
 
+    @property
+    def half_done(self) -> str:
+        """What a step that the guard refused has changed all the same; empty where that is nothing."""
+        ...
+
     def place(self, model: nn.Module) -> nn.Module: ...
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """The optimizer over what trains in the placed model."""
+        ...
+
+    def release(self) -> None:
+        """Take out of the model what `bind` put there."""
+        ...
 
     def all_reduce(self, value: float) -> float:
         """Sum over ranks, float64."""

@@ -11,13 +11,15 @@ References, statistics over the step and scores come from the run's own `Scorer`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Piece, Sample
@@ -28,6 +30,7 @@ from luthier.engine.strategy.single import Single
 
 _BUDGET_TOKENS = 2048
 _MOST_ROWS = 8
+_MOST_GRADIENTS = 2**26
 _TOLERANCE = {torch.float32: (1e-4, 1e-5)}  # (packed = alone, accumulation), relative
 _LOOSE = (5e-2, 2e-2)
 
@@ -104,11 +107,28 @@ def _gradients(spec: GateSpec, samples: Sequence[Sample], batches: list[Batch]) 
     weight = sum(scorer.objective.weight(batch) for batch in batches)
     stats = scorer.statistics(batches, samples, spec.stream)
     strategy = Single(scorer.device, scorer.precision)
-    loss, _ = strategy.forward_backward(batches, lambda batch: scorer.loss(batch, stats), weight)
-    gradients = [p.grad for p in scorer.trunk.model.parameters() if p.grad is not None]
+    model = scorer.trunk.model
+    with _few_gradients(model):
+        loss, _ = strategy.forward_backward(batches, lambda batch: scorer.loss(batch, stats), weight)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    scorer.trunk.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return loss, norm
+
+
+@contextmanager
+def _few_gradients(model: nn.Module) -> Iterator[None]:
+    """Of a large model that trains whole, only small tensors get gradients here: the check needs some, not all."""
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())
+    sizes = accumulate(p.numel() for p in trained)
+    left_out = [p for p, size in zip(trained, sizes, strict=True) if size > _MOST_GRADIENTS and p is not trained[0]]
+    for parameter in left_out:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in left_out:
+            parameter.requires_grad_(True)
 
 
 def _close(

@@ -73,6 +73,8 @@ def _events(work: Work) -> Iterator[Event]:
 def _step(work: Work) -> Iterator[Event]:
     run, state, strategy = work.run, work.state, work.strategy
     number, started = state.step + 1, time.perf_counter()
+    learning_rate = work.base_rate * multiplier(number, work.schedule)
+    set_learning_rate(work.optimizer, learning_rate)
     while True:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)
@@ -96,11 +98,9 @@ def _step(work: Work) -> Iterator[Event]:
     if reason := work.guard.objection(loss + penalty, norm):
         strategy.zero()
         rows = tuple(str(source) for batch in microbatches for source in batch.sources)
-        yield StepSkipped(number, reason, rows)
+        yield StepSkipped(number, reason + strategy.half_done, rows)
         yield from work.after_skip()
         return
-    learning_rate = work.base_rate * multiplier(number, work.schedule)
-    set_learning_rate(work.optimizer, learning_rate)
     strategy.step()
     run.method.after_step(work.model, number, work.steps)
     strategy.zero()

@@ -48,6 +48,8 @@ class TensorBoard:
             self._put("train/skipped", self._skips, event.step)
         elif isinstance(event, Evaluated):
             self._put("evaluate/loss", event.eval_loss, event.step)
+            for name, value in event.metrics.items():
+                self._put(f"evaluate/{name}", value, event.step)
             self._writer.flush()
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from luthier.engine.schedule import ScheduleSpec
 from luthier.engine.scoring import Scorer
 from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
-from luthier.engine.strategy.single import Single
+from luthier.engine.strategy.choice import strategy_of
 from luthier.engine.task import Outcome, Run
 
 _SAVES_PER_RUN = 10
@@ -46,7 +46,7 @@ class Work:
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
         self.stream = run.stream
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
-        self.strategy = Single(run.device, run.precision)
+        self.strategy = strategy_of(run)
         self.model = self.strategy.place(run.trunk.model)
         self.base_rate = run.train.learning_rate or run.method.default_learning_rate
         self.optimizer = build_optimizer(run.method, self.model, run.train, self.base_rate)
@@ -253,6 +253,7 @@ class Work:
             except CheckpointError as error:
                 best = None
                 yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
+        self.strategy.release()
         self.model.eval()
         step = best if best is not None else state.step
         self.run.outcome = Outcome(step, state.step, best is not None, eval_loss, name)

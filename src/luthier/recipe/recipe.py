@@ -149,6 +149,9 @@ class TrainSection(Section):
     )
     max_grad_norm: Float = _field(1.0, "Gradients beyond this global norm are scaled down; 0 turns it off.", ge=0)
     optimizer: Literal["adamw"] = _field("adamw", "Rule of the update.")
+    optimizer_in_backward: Bool = _field(
+        False, "Update each tensor as its gradient is made and free that: less memory for method full, no clipping."
+    )
     save_every: Int | None = _field(
         None, "Steps between checkpoints; default: about ten over the run, and one at its end.", unit="steps", gt=0
     )

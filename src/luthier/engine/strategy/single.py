@@ -26,6 +26,14 @@ class Single:
         self.device, self.precision = device, precision
         self.optimizer: torch.optim.Optimizer | None = None
 
+    @property
+    def half_done(self) -> str:
+        """Nothing: the optimizer comes after the guard."""
+        return ""
+
+    def release(self) -> None:
+        """Nothing was put into the model."""
+
     def place(self, model: nn.Module) -> nn.Module:
         return settle(model.to(self.device), self.precision)
 
