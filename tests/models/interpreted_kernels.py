@@ -12,6 +12,8 @@ from torch import Tensor
 
 from luthier.models.kernels import gpu, triton_norm, triton_rotary, triton_swiglu
 from luthier.models.kernels.triton_softmax import softmax_pull_, softmax_pull_plain_
+from luthier.models.logprob_tiles import HeadMap, Tile
+from luthier.models.logprobs import How, token_logprobs, token_logprobs_plain
 
 DTYPES = (torch.float32, torch.bfloat16)
 CLOSE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -127,3 +129,19 @@ def test_softmax_pull(
     torch.testing.assert_close(logprobs.double(), exact.detach(), rtol=1e-4, atol=1e-4)
     (slope,) = torch.autograd.grad(exact, leaf, torch.ones(rows).double() if grad is None else grad.double())
     check(raw.float(), slope.float(), dtype)
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_token_logprobs_takes_the_kernel(head_trains: bool) -> None:
+    """The whole operation as on a GPU, three chunks, against full logits."""
+    hidden, weight = some(21, 12).requires_grad_(), some(37, 12, seed=1).requires_grad_(head_trains)
+    bias, targets, grad = some(37, seed=2), torch.arange(21) % 37, some(21, seed=3)
+    head_map, leaves = HeadMap(2.0, 5.0), [hidden, weight] if head_trains else [hidden]
+    for how in (How(tile=Tile(8, 37, 8)), How(grad, Tile(8, 37, 8))):
+        found = token_logprobs(hidden, weight, targets, bias_V=bias, head_map=head_map, how=how)
+        wanted = token_logprobs_plain(hidden, weight, targets, bias_V=bias, head_map=head_map)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        for mine, theirs in zip(
+            torch.autograd.grad(found, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,8 @@
     z_NV = softcap * tanh(scale * (h W^T + b) / softcap)        (softcap None: z = scale * (h W^T + b))
     logprob_N = z[n, target_n] - logsumexp_v z[n, v]
 
-How the gradient is made depends on what trains (the loops are in models/logprob_tiles.py):
+How the gradient is made depends on what trains (the loops are in models/logprob_tiles.py, for a
+GPU in models/logprob_chunks.py):
 
     jacobian  the head is frozen: J_N = d logprob / d h in the forward pass, the backward is one scale per row;
               exact for any objective built on the log-probabilities. Two products.
@@ -18,12 +19,15 @@ The softmax and dW are float32 whatever the weights are. `token_logprobs_plain` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luthier.models.logprob_tiles import Gradients, Head, HeadMap, Tile, again, stored, tile_for, values
+from luthier.models import logprob_chunks, logprob_tiles
+from luthier.models.kernels import gpu
+from luthier.models.logprob_tiles import Gradients, Head, HeadMap, Tile, tile_for
 
 __all__ = ["HeadMap", "gather_logprobs", "token_logprobs", "token_logprobs_plain"]
 
@@ -110,12 +114,12 @@ class _TokenLogprobs(torch.autograd.Function):
         if spec.mode == "linear":
             assert coefficients_N is not None
             into = _room(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V)
-            made = stored(head, hidden, targets_N, coefficients_N, into)
+            made = _loops(hidden).stored(head, hidden, targets_N, coefficients_N, into)
             ctx.made = into
             ctx.save_for_backward(coefficients_N)
             return made
         jacobian_ND = torch.empty_like(hidden_ND) if spec.mode == "jacobian" else None
-        logprobs_N, norm_N = values(head, hidden, targets_N, jacobian_ND)
+        logprobs_N, norm_N = _loops(hidden).values(head, hidden, targets_N, jacobian_ND)
         if spec.mode == "jacobian":
             ctx.save_for_backward(jacobian_ND)
         elif spec.mode == "again":
@@ -140,10 +144,16 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden_ND, weight_VD, bias_V, targets_N, norm_N = ctx.saved_tensors
             into = _room(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V)
             head = ctx.spec.head(weight_VD, bias_V)
-            again(head, hidden_ND.to(ctx.spec.compute), targets_N, norm_N, grad_N, into)
+            hidden = hidden_ND.to(ctx.spec.compute)
+            _loops(hidden).again(head, hidden, targets_N, norm_N, grad_N, into)
             found = tuple(into)
         typed = (None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
         return (*typed, None, None, None)
+
+
+def _loops(hidden: Tensor) -> ModuleType:
+    """Where a Triton kernel serves, whole rows through it; else tiles."""
+    return logprob_chunks if gpu.refusal(hidden) is None else logprob_tiles
 
 
 def _room(wanted: tuple[bool, ...], *tensors: Tensor | None) -> Gradients:
