@@ -179,15 +179,17 @@ def methods(schema: dict[str, Any]) -> str:
 
 def objectives(schema: dict[str, Any]) -> str:
     found = files(schema, "objectives", "objective")
-    table = "| objective | rows | reference model | |\n|---|---|---|---|\n"
+    table = "| objective | rows | reference model | default rate | |\n|---|---|---|---|---|\n"
     for branch, path in found:
         rows, roles = declared(path, "records"), declared(path, "roles")
         kinds = ", ".join(rows) if rows else "Chat, Completion, Text"
         link, needs = f"[`{path.stem}`](#objective-{path.stem})", "yes" if roles else "no"
-        table += f"| {link} | {kinds} | {needs} | {cell(branch['description'])} |\n"
+        share = (declared(path, "learning_rate_share") or [1.0])[0]
+        table += f"| {link} | {kinds} | {needs} | {share} | {cell(branch['description'])} |\n"
     head = MARK + (
         "# Objectives\n\nWhat is minimised. One file each; the name in the recipe is the name of the file. A dotted "
-        "path names one of your own (`objective: {name: my_package.my_objective}`), see CONTRIBUTING.md.\n\n" + table
+        "path names one of your own (`objective: {name: my_package.my_objective}`), see CONTRIBUTING.md. "
+        "Default rate: `train.learning_rate` where the recipe gives none, as a share of the method's.\n\n" + table
     )
     return "\n".join([head, *(card(branch, path, "objective") for branch, path in found)])
 
@@ -199,12 +201,11 @@ def files(schema: dict[str, Any], room: str, section: str) -> list[tuple[dict[st
     return [(branch, path) for branch, path in paths if path.is_file()]
 
 
-def declared(path: Path, name: str) -> list[str]:
-    """The words in the value of a class attribute, as written; none where it is inherited."""
+def declared(path: Path, name: str) -> list[Any]:
+    """The words and numbers in the value of a class attribute, as written; none where it is inherited."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-            words = [leaf.value for leaf in ast.walk(node.value or node) if isinstance(leaf, ast.Constant)]
-            return [word for word in words if isinstance(word, str)]
+            return [leaf.value for leaf in ast.walk(node.value or node) if isinstance(leaf, ast.Constant)]
     return []
 
 

@@ -116,6 +116,14 @@ def test_kto_on_judged_answers_whatever_the_microbatch(luthier: Call, base: Path
         assert one["metrics"] == pytest.approx(many["metrics"], rel=2e-3, abs=1e-4)
 
 
+def test_a_rate_that_nobody_gave_is_the_objective_s(luthier: Call, base: Path, pairs: Path, tmp_path: Path) -> None:
+    """What suits fine-tuning is far too much for preferences."""
+    call = words(base, pairs, tmp_path / "run", "dpo", "train.learning_rate=null", "train.max_steps=1")
+    ran = luthier(*call)
+    assert ran.code == 0, ran.err
+    assert steps(tmp_path / "run")[0]["learning_rate"] == pytest.approx(0.05 * 2e-4)
+
+
 def test_the_shipped_recipe_trains(luthier: Call, base: Path, pairs: Path, tmp_path: Path) -> None:
     """As a person starts: the recipe by its name, their own model and file."""
     assert luthier("recipes", "cp", "dpo", tmp_path / "mine.yaml").code == 0

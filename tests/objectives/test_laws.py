@@ -170,6 +170,12 @@ def test_it_is_frozen_and_says_where_it_comes_from(case: Case) -> None:
 
 
 @each
+def test_its_own_rate_is_a_share_of_the_method_s(case: Case) -> None:
+    assert 0 < case.objective.learning_rate_share <= 1
+    assert (case.objective.learning_rate_share == 1) == ("Chat" in case.objective.records)
+
+
+@each
 def test_preferences_are_learned_without_dropout(case: Case) -> None:
     """Two policies, or two answers, can only be compared under one network."""
     compares = "Pair" in case.objective.records or "reference" in case.objective.roles

@@ -46,6 +46,7 @@ class Objective:
     paper: ClassVar[str] = ""
     records: ClassVar[tuple[str, ...]] = ("Chat", "Completion", "Text")  # record kinds it can train on
     roles: ClassVar[frozenset[str]] = frozenset()  # models needed besides the policy, e.g. {"reference"}
+    learning_rate_share: ClassVar[float] = 1.0  # of the method's default rate, where the recipe gives none
     reads: ClassVar[str] = "logprobs"  # or "scores": a score head on the last token of each sequence
     reference: str = "auto"  # auto | method_off | frozen_copy | cached: how the reference is had, where roles name it
     disable_dropout: bool = False  # policy and reference without dropout (preference objectives: True)

@@ -48,7 +48,7 @@ class Work:
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)
         self.model = self.strategy.place(run.trunk.model)
-        self.base_rate = run.train.learning_rate or run.method.default_learning_rate
+        self.base_rate = run.train.learning_rate or run.method.default_learning_rate * run.objective.learning_rate_share
         self.optimizer = build_optimizer(run.method, self.model, run.train, self.base_rate)
         self.strategy.bind(self.optimizer)
         self.schedule = ScheduleSpec(

@@ -57,6 +57,7 @@ class CPO(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.08417"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
+    learning_rate_share: ClassVar[float] = 0.05
 
     loss_type: LossType = doc("sigmoid", "sigmoid and hinge on token sums, ipo and simpo on means per token")
     beta: Positive = doc(0.1, "scale of the log-probabilities: 0.1 for sums, 2.0 and more for means; of ipo, its tau")

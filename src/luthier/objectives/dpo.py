@@ -155,6 +155,7 @@ class DPO(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.18290"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
+    learning_rate_share: ClassVar[float] = 0.05
     roles: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     loss_type: LossType | tuple[LossType, ...] = doc(

@@ -78,6 +78,7 @@ class KTO(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.01306"
     records: ClassVar[tuple[str, ...]] = ("Judged", "Pair")
+    learning_rate_share: ClassVar[float] = 0.05
     roles: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = doc("kto", "apo_zero_unpaired: no estimate of the divergence")

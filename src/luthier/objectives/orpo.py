@@ -56,6 +56,7 @@ class ORPO(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.07691"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
+    learning_rate_share: ClassVar[float] = 0.4
 
     beta: Positive = doc(0.1, "weight of the odds ratio, above 0; the paper's lambda")
     nll_on_prompt: bool = doc(False, "the likelihood term runs over the prompt's tokens too, as TRL's does")

@@ -43,6 +43,7 @@ class Reward(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.02155"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
+    learning_rate_share: ClassVar[float] = 0.5
     reads: ClassVar[str] = "scores"
 
     center_rewards_coefficient: NotNegative | None = doc(

@@ -34,6 +34,7 @@ class SimPO(Objective):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.14734"
     records: ClassVar[tuple[str, ...]] = ("Pair",)
+    learning_rate_share: ClassVar[float] = 0.05
 
     beta: Positive = doc(2.0, "scale of the mean log-probabilities: 2.0 to 10, above 0")
     gamma: NotNegative | None = doc(None, "target margin, 0 or more; default gamma_beta_ratio * beta")

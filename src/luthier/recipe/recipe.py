@@ -126,7 +126,10 @@ class TrainSection(Section):
         None, "Stop after so many optimizer steps instead; the rows repeat if they must.", unit="steps", gt=0
     )
     learning_rate: Float | None = _field(
-        None, "Peak step size; default by method (lora 2e-4, full 2e-5). Lower it when the loss jumps.", gt=0
+        None,
+        "Peak step size; default by method (lora 2e-4, full 2e-5), a share of it for preferences (dpo and kto a "
+        "twentieth). Lower it when the loss jumps.",
+        gt=0,
     )
     tokens_per_step: Int | None = _field(
         16384, "All packed tokens of one optimizer step, prompts included; more is smoother and slower.",
