@@ -24,7 +24,9 @@ from luthier.artifact import fold
 from luthier.assembly import MICROBATCH_TOKENS, assemble, encoder_of, engine_run, prepared_rows
 from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
+from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
+from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import prepare
 from luthier.data.show import shown
 from luthier.data.stream import Stream, StreamSpec
@@ -200,13 +202,13 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Loss, perplexity and, where rows have answers, exact match; `dropped` counts the rows not scored.
 
-    Of a reward model on pairs: how many it ranks as the rows say.
+    Pairs: a language model is scored on the chosen answers; of a reward model, how many it ranks as the rows say.
     """
     opened = target if isinstance(target, Opened) else open_target(target, base=base, data={"max_tokens": max_tokens})
     section = DataSection(train=(DataSource(path=on),), max_tokens=max_tokens)
     if opened.loaded.reads == "scores":
         return _rank(opened, section, exact_match, limit, answers)
-    prepared = prepare(section, opened.encoder, seed=0)
+    prepared = prepare(section, ChosenSide(opened.encoder), seed=0, kinds=(*SUPERVISED, "Pair"))
     samples, records = prepared.train[:limit], prepared.train_records[:limit]
     longest = max(sample.length for sample in samples)
     budget = max(longest, MICROBATCH_TOKENS.get(opened.model.device.type, 4096))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,13 @@ from numpy.typing import NDArray
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample, Text
 from luthier.data.ledger import Dropped
+
+
+class Encoder(Protocol):
+    """What data/encode.py gives."""
+
+    def samples(self, record: Record) -> Sequence[Sample]: ...
+
 
 Side = tuple[NDArray[Any], NDArray[Any]]  # tokens_T, weights_T of prompt and answer
 
@@ -72,6 +79,16 @@ def sides(record: Pair | Judged) -> tuple[Chat | Completion, ...]:
 def first_text(record: Record) -> Chat | Completion | Text:
     """The record that stands for a row where one text is looked at: the chosen side, the judged answer, or itself."""
     return sides(record)[0] if isinstance(record, Pair | Judged) else record
+
+
+class ChosenSide:
+    """An encoder that sees the chosen answer of every pair: what the loss of a language model on pairs means."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def samples(self, record: Record) -> Sequence[Sample]:
+        return self.encoder.samples(first_text(record))
 
 
 def shared_tokens(one: Side, other: Side) -> int:
