@@ -22,7 +22,8 @@ import torch
 import luthier
 from luthier.artifact.adapter import save_adapter
 from luthier.artifact.card import CardFacts, card
-from luthier.assembly import Assembled, gate_of
+from luthier.assembly import Assembled
+from luthier.checked import gate_of
 from luthier.engine.durable import replace_text
 from luthier.engine.fault import fault
 from luthier.engine.gate import GateFailure, run_gate

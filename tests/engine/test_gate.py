@@ -137,7 +137,7 @@ class Leaky:
     def __init__(self, run: Run) -> None:
         self.inner, self.model = run.trunk, run.trunk.model
 
-    def logprobs(self, batch: Batch) -> Tensor:
+    def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
         ids = batch.tokens_T[None]
         logits = self.model.base_model(input_ids=ids, position_ids=torch.arange(batch.tokens)[None])[0]
         logits = self.model.lm_head(logits)[0]
@@ -176,7 +176,7 @@ def test_answers_that_see_each_other(tmp_path: Path) -> None:
     class Flat:
         model = run.trunk.model
 
-        def logprobs(self, batch: Batch) -> Tensor:
+        def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
             forest, groups = batch.forest, batch.segment_sample
             starts = [s for i, s in enumerate(forest.start) if i == 0 or groups[i] != groups[i - 1]]
             whole = Forest(tuple(starts), (*starts[1:], batch.tokens), (-1,) * len(starts))
@@ -222,7 +222,7 @@ def test_the_numeric_checks_stay_within_their_budget(tmp_path: Path) -> None:
     seen = []
 
     class Counting(Leaky):
-        def logprobs(self, batch: Batch) -> Tensor:
+        def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
             seen.append(batch.tokens)
             return self.inner.logprobs(batch)
 

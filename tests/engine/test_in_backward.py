@@ -90,8 +90,8 @@ def test_checkpoints_are_the_plain_ones_and_resume_bit_equal(tmp_path: Path) -> 
 def spoil(run: rig.Run, step: int, *, gradient: bool) -> None:
     inner, wanted = run.trunk.logprobs, run.stream.step(step - 1)[0].samples
 
-    def logprobs(batch: Batch) -> Tensor:
-        found = inner(batch)
+    def logprobs(batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
+        found = inner(batch, coefficients_N)
         if batch.samples != wanted:
             return found
         if not gradient:

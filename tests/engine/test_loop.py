@@ -29,8 +29,8 @@ class Shaken:
         self.inner, self.spoil, self.model = run.trunk, spoil, run.trunk.model
         run.trunk = self
 
-    def logprobs(self, batch: Batch) -> Tensor:
-        return self.spoil(batch, self.inner.logprobs(batch))
+    def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
+        return self.spoil(batch, self.inner.logprobs(batch, coefficients_N))
 
 
 def losses(directory: Path) -> list[float]:
@@ -349,3 +349,19 @@ def test_the_first_loss_is_the_token_mean(tmp_path: Path) -> None:
     first = next(event for event in rig.train(run) if isinstance(event, StepDone))
     assert first.loss == pytest.approx(-float(logprobs.mean()), rel=1e-6)
     assert math.isclose(first.learning_rate, 1e-2)
+
+
+def test_a_linear_loss_is_declared_to_the_trunk_in_training_only(tmp_path: Path) -> None:
+    """What the objective declares of its step reaches the op that may make its gradient in the forward pass."""
+    run = rig.build(tmp_path, steps=2, every=1, method="full")
+    seen: list[tuple[bool, Tensor | None]] = []
+
+    class Asked(Shaken):
+        def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
+            seen.append((torch.is_grad_enabled(), coefficients_N))
+            return super().logprobs(batch, coefficients_N)
+
+    Asked(run, lambda batch, logprobs: logprobs)
+    list(rig.train(run))
+    assert {on for on, _ in seen} == {True, False}
+    assert all((given is not None) == on for on, given in seen)

@@ -42,7 +42,8 @@ class Scorer:
         reference_N = self._reference(batch) if reference and self.reference is not None else None
         if self.objective.reads == "scores":
             return Scored(torch.empty(0, device=self.device), reference_N, cast(ScoreTrunk, self.trunk).scores(batch))
-        return Scored(self.trunk.logprobs(batch), reference_N)
+        linear_N = self.objective.coefficients(batch, stats) if torch.is_grad_enabled() else None
+        return Scored(self.trunk.logprobs(batch, linear_N), reference_N)
 
     def loss(self, batch: Batch, stats: Any) -> Loss:
         """The objective's sum over one microbatch on the device, under autocast where the caller opened it."""

@@ -29,7 +29,7 @@ class TrunkLike(Protocol):
 
     model: nn.Module
 
-    def logprobs(self, batch: Batch) -> Tensor: ...
+    def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor: ...
 
 
 class ScoreTrunk(TrunkLike, Protocol):
