@@ -7,6 +7,7 @@ bench adds to sections of the recipe (`train`, `engine`, `objective_fields`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,33 @@ def steps(settings: dict[str, Any]) -> Generator[protocol.Reply, None, protocol.
             break
     yield {"plan": plan(settings, count)}
     for _ in range(settings["steps"]):
+        begin = time.perf_counter()
         event = next(event for event in events if isinstance(event, StepDone))
-        yield {"loss": event.loss, "device_bytes": event.bytes}
+        reply = {"loss": event.loss, "seconds": time.perf_counter() - begin}
+        yield {**reply, "device_bytes": event.bytes} if leave_room() else reply
     for _ in events:
         pass
     name = "model.safetensors" if settings["method"] == "full" else "adapter_model.safetensors"
     return {"tensors": str(training.result / name)}
 
 
+def leave_room() -> bool:
+    """Where a GPU is shared by the systems of a race, what is cached between steps goes back to it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    torch.cuda.empty_cache()
+    return True
+
+
 def write_rows(path: Path, settings: dict[str, Any]) -> int:
-    """The rows of the work as text; how many. `rows_file` brings rows of its own."""
+    """The rows of the work as text; how many."""
     vocabulary, count = settings["vocabulary"], settings["rows"]
     if settings["objective"] == "dpo":
         work.write_pairs(path, pairs(settings), vocabulary)
-    elif "rows_file" in settings:
-        path.write_bytes(Path(settings["rows_file"]).read_bytes())
     else:
-        work.write_rows(path, work.make_rows(count, vocabulary, longest=settings["longest"]), vocabulary)
+        work.write_rows(path, work.rows_of(settings), vocabulary)
     return count
 
 

@@ -103,9 +103,8 @@ def _told(steps: list[protocol.Reply], opened: protocol.Reply, closed: protocol.
     }  # fmt: skip
     if all("tokens" in step for step in steps):
         told["tokens"] = [step["tokens"] for step in steps]
-    for name in ("device_peak_bytes", "note", "beforehand_seconds"):
-        if name in closed:
-            told[name] = closed[name]
+    if all("device_bytes" in step for step in steps):
+        told["device_peak_bytes"] = max(step["device_bytes"] for step in steps)
     return told
 
 

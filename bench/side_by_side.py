@@ -67,7 +67,7 @@ def measure(bout: Bout, options: argparse.Namespace) -> dict[str, Any]:
 def facts(bout: Bout, settings: Mapping[str, Any], plan: list[list[int]]) -> dict[str, Any]:
     """What the rows of each step are like, and their segments as a forest holds them."""
     if bout.objective == "sft":
-        rows = work.make_rows(settings["rows"], settings["vocabulary"], longest=settings["longest"])
+        rows = work.rows_of(settings)
         steps = [[rows[index] for index in chosen] for chosen in plan]
         segments = [[Segment(len(row.ids), len(row.ids) - row.prompt) for row in step] for step in steps]
         return {**conditions.row_facts(steps), "segments": segments}

@@ -16,6 +16,7 @@ import json
 import math
 import random
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,33 @@ class Pair:
 
 def make_rows(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST) -> list[Row]:
     """The same rows for the same arguments, on every machine."""
-    rng, made, first = random.Random(seed), [], vocabulary - characters(vocabulary)
+    rng, made = random.Random(seed), []
     for _ in range(count):
         length = 0
         while not 30 <= length <= longest:
             length = int(rng.lognormvariate(math.log(250), 0.8))
-        share = min(0.8, max(0.05, rng.gauss(0.4, 0.15)))
-        prompt = max(4, min(length - 4, int(length * share)))
-        ids = [rng.randrange(first, vocabulary) for _ in range(length - 1)]
-        made.append(Row((*ids, EOS), prompt))
+        made.append(_row(rng, length, vocabulary))
     return made
+
+
+def rows_of(settings: Mapping[str, Any]) -> list[Row]:
+    """The rows that the settings of a race name: by their number, or by the length of each (`lengths`).
+
+    `common` draws the tokens from that many, low ones more often, so that there is something to learn.
+    """
+    vocabulary = settings["vocabulary"]
+    if "lengths" not in settings:
+        return make_rows(settings["rows"], vocabulary, longest=settings["longest"])
+    rng = random.Random(0)
+    return [_row(rng, length, vocabulary, settings.get("common")) for length in settings["lengths"]]
+
+
+def _row(rng: random.Random, length: int, vocabulary: int, common: int | None = None) -> Row:
+    share, first = min(0.8, max(0.05, rng.gauss(0.4, 0.15))), vocabulary - characters(vocabulary)
+    prompt = max(4, min(length - 4, int(length * share)))
+    if common is None:
+        return Row((*(rng.randrange(first, vocabulary) for _ in range(length - 1)), EOS), prompt)
+    return Row((*(first + min(int(rng.expovariate(8 / common)), common) for _ in range(length - 1)), EOS), prompt)
 
 
 def make_pairs(count: int, vocabulary: int, seed: int = 0, longest: int = LONGEST) -> list[Pair]:

@@ -18,7 +18,7 @@ from bench import protocol, work
 
 def steps(settings: dict[str, Any]) -> Generator[protocol.Reply, None, protocol.Reply]:
     torch.set_num_threads(settings["threads"])
-    rows = work.make_rows(settings["rows"], settings["vocabulary"], longest=settings["longest"])
+    rows = work.rows_of(settings)
     loop = Loop(settings)
     yield {}
     for plan in settings["plan"]:

@@ -44,9 +44,7 @@ def _train(make: Make, settings: dict[str, Any], paused: protocol.Paused) -> pro
         work.fill_adapter(work.peft_tensors(trainer.model))
     paused.reach({})
     trainer.train()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    told = {"tensors": work.save_trained(trainer.model, settings)}
-    return {**told, "device_peak_bytes": peak} if peak else told
+    return {"tensors": work.save_trained(trainer.model, settings)}
 
 
 def _steps(paused: protocol.Paused) -> Any:
@@ -65,8 +63,13 @@ def _steps(paused: protocol.Paused) -> Any:
             self.seconds = time.perf_counter() - self.begin
 
         def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "loss" in logs:
-                paused.reach({"loss": float(logs["loss"]), "seconds": self.seconds, "tokens": self.tokens})
+            if "loss" not in logs:
+                return
+            reply = {"loss": float(logs["loss"]), "seconds": self.seconds, "tokens": self.tokens}
+            if torch.cuda.is_available():
+                reply["device_bytes"] = torch.cuda.max_memory_allocated()
+                torch.cuda.empty_cache()
+            paused.reach(reply)
 
     return Steps()
 

@@ -18,7 +18,7 @@ def make(settings: dict[str, Any], callback: Any) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = work.make_rows(settings["rows"], settings["vocabulary"], longest=settings["longest"])
+    rows = work.rows_of(settings)
     ordered = [rows[index] for plan in settings["plan"] for index in plan]
     model, adapter = work.opened(settings)
     return SFTTrainer(
