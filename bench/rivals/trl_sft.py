@@ -15,20 +15,25 @@ from bench.rivals.driven import arguments, driven
 
 
 def make(settings: dict[str, Any], callback: Any) -> Any:
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = work.rows_of(settings)
-    ordered = [rows[index] for plan in settings["plan"] for index in plan]
     model, adapter = work.opened(settings)
     return SFTTrainer(
         model=model, args=SFTConfig(**{"completion_only_loss": True, **arguments(settings)}),
-        train_dataset=Dataset.from_list([
-            {"input_ids": list(row.ids), "completion_mask": [0] * row.prompt + [1] * (len(row.ids) - row.prompt)}
-            for row in ordered
-        ]),
-        processing_class=work.make_tokenizer(settings["vocabulary"]), peft_config=adapter, callbacks=[callback],
+        train_dataset=masked_rows(settings), processing_class=work.make_tokenizer(settings["vocabulary"]),
+        peft_config=adapter, callbacks=[callback],
     )  # fmt: skip
+
+
+def masked_rows(settings: dict[str, Any]) -> Any:
+    """The rows in the order of the plan, as ids and which of them are trained."""
+    from datasets import Dataset
+
+    rows = work.rows_of(settings)
+    return Dataset.from_list([
+        {"input_ids": list(row.ids), "completion_mask": [0] * row.prompt + [1] * (len(row.ids) - row.prompt)}
+        for row in (rows[index] for plan in settings["plan"] for index in plan)
+    ])  # fmt: skip
 
 
 def steps(settings: dict[str, Any]) -> Generator[protocol.Reply, None, protocol.Reply]:
