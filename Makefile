@@ -3,7 +3,7 @@
 #   make setup         .venv with PyTorch (CPU) and the development tools, at the versions of constraints.txt
 #   make check         format, lint, types, floors, house rules: under a minute
 #   make test          the suite; make test-nightly adds the long tests
-#   make bench         rivals side by side on the same work
+#   make bench         rivals side by side on the same work: every bench, then docs/benchmarks.md (40 minutes)
 #   make docs          rewrites the generated pages of docs/
 BIN := .venv/bin
 PYTHON ?=
@@ -38,10 +38,11 @@ test-nightly: setup
 
 bench: setup
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python -m bench.sft $(BENCH)
+	$(BIN)/python -m bench $(BENCH)
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m bench.page
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

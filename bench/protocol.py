@@ -66,7 +66,10 @@ class Here:
         self._answer = Answering(import_module(module).steps)
 
     def ask(self, do: str, **settings: Any) -> Reply:
-        return self._answer({"do": do, **settings})
+        try:
+            return self._answer({"do": do, **settings})
+        except Exception as error:
+            raise SystemExit(f"bench: stopped at '{do}': {error}") from error
 
     def stop(self) -> None:
         """Nothing to end."""

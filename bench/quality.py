@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ def _trl(base: Path, rows: Path, out: Path, seed: int, parsed: argparse.Namespac
         "base": str(base), "rows": str(rows), "out": str(out), "seed": seed, "r": R, "max_tokens": MAX_TOKENS,
         "threads": parsed.threads, **TRAIN,
     }  # fmt: skip
+    if parsed.one_process:
+        import_module("bench.rivals.trl_tune").tune(settings)
+        return out
     path = os.pathsep.join([str(protocol.ROOT), str(protocol.ROOT / "src")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(parsed.threads)}
     command = [parsed.rivals_python, "-m", "bench.rivals.trl_tune", json.dumps(settings)]

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
                 "trl": race.Entry(title=candidate, module=MODULE, settings=settings, environment=environment),
             }
             result["tried"][candidate] = {"same_rows": same, **_try(entries, options, steps, directory)}
-    return result, _page(result)
+    return result, page(result)
 
 
 def _try(
@@ -86,7 +86,7 @@ def _try(
     }  # fmt: skip
 
 
-def _page(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any]) -> str:
     lines = [
         f"# TRL's settings on a CPU ({result['model']})\n",
         "| setting | useful tokens/s | Luthier is faster by | peak memory | same rows | largest loss difference |",

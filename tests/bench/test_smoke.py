@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from bench import search
+
 TINY = ("--model", "tiny", "--steps", "1", "--rows-per-step", "4", "--longest", "64", "--threads", "1")
 
 
@@ -35,3 +37,67 @@ def test_profile_puts_every_op_somewhere(tmp_path: Path) -> None:
         assert sum(shares.values()) == pytest.approx(1.0)
         assert all(shares[name] > 0 for name in ("base", "attention", "head", "optimizer", "elementwise"))
     assert methods["lora"]["shares"]["adapter"] > 0 == methods["full"]["shares"]["adapter"]
+
+
+@pytest.mark.parametrize("part", ["dpo-each", "dpo-cached"])
+def test_preferences(part: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    small = ("--rows-per-step", "2", "--longest", "128")
+    result = run("dpo", tmp_path, *small, "--one-process", "--systems", "luthier", "bare", "--parts", part)[part]
+    bare = result["systems"]["bare"]
+    assert bare["loss_difference"] < 1e-5 and bare["tensor_difference"] < 1e-4
+
+
+def test_a_shared_prompt_gives_the_same_gradients(tmp_path: Path) -> None:
+    shares = run("dpo", tmp_path, "--rows-per-step", "2", "--parts", "sharing")["sharing"]["shares"]
+    for one in shares.values():
+        assert one["gradient_difference"] < 1e-5 and one["loss_difference"] < 1e-5
+        assert one["tokens"]["shared"] < one["tokens"]["apart"]
+
+
+def test_memory_fills_every_cell(tmp_path: Path) -> None:
+    small = ("--models", "tiny", "--tokens", "64", "--systems", "luthier", "bare", "--one-process")
+    cells = run("memory", tmp_path, *small)["memory"]["cells"]
+    found = {(cell["method"], cell["system"]): cell for cell in cells}
+    assert len(found) == len(cells) == 4
+    for method in ("lora", "full"):
+        assert found[method, "luthier"]["losses"] == pytest.approx(found[method, "bare"]["losses"], abs=1e-5)
+
+
+def test_scale_holds_no_more_than_planned(tmp_path: Path) -> None:
+    result = run("scale", tmp_path)["scale"]
+    assert all(0 < point["held_bytes"] <= point["planned_bytes"] for point in result["points"])
+    assert (
+        result["fits"]["vocabulary"]["held_growth_bytes"] <= 1.02 * result["fits"]["vocabulary"]["chunk_growth_bytes"]
+    )
+
+
+def test_curves_overlay(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    methods = run("curves", tmp_path, "--steps", "3", "--one-process")["curves"]["methods"]
+    assert methods.keys() == {"lora", "full"}
+    assert all(told["largest_difference"] < 1e-5 and len(told["losses"]["trl"]) == 4 for told in methods.values())
+
+
+def test_gpu_bench_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    result = run("gpu", tmp_path, "--smoke", "--steps", "1", "--threads", "1", base=())["gpu"]
+    assert result["systems"]["trl_best"]["loss_difference"] < 1e-4
+    assert sum(result["useful_tokens"]) == 2 * 256 and result["systems"]["luthier"]["mfu"] > 0
+
+
+def test_quality_scores_both_by_one_judge(tmp_path: Path, shared_data: Any) -> None:
+    pytest.importorskip("trl")
+    shared_data("models/stories260K-chatml")
+    small = ("--tasks", "gsm8k", "--seeds", "1", "--small", "20", "--one-process", "--threads", "1")
+    task = run("quality", tmp_path, *small, base=())["quality"]["tasks"]["gsm8k"]
+    assert all(score < task["base_score"] for scores in task["scores"].values() for score in scores)
+
+
+def test_search_records_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    few = {name: search.CANDIDATES[name] for name in ("1 row a batch", "padding-free, sdpa")}
+    monkeypatch.setattr(search, "CANDIDATES", {**few, "not to be had": ({"attention": "none such"}, {}, True)})
+    tried = run("sft", tmp_path, "--search", "--one-process")["search-tiny"]["tried"]
+    assert all(tried[name]["loss_difference"] < 1e-5 and tried[name]["tokens_per_second"] > 0 for name in few)
+    assert "failed" in tried["not to be had"]

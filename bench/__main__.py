@@ -1,0 +1,57 @@
+"""`python -m bench`: every bench one after another, then the page; `make bench` is this.
+
+The steps of each are planned for two cores and 40 minutes in all. `--only sft dpo` runs some of them. The GPU bench
+joins where there is a GPU. Words after `--` go to every bench (`-- --rivals-python PATH`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+from bench import page
+from bench.protocol import ROOT
+
+# name -> its command's words; minutes are those of two cores at 175 Gflop/s together
+PLAN: dict[str, tuple[str, ...]] = {
+    "sft": ("sft", "--model", "s32k", "--steps", "4"),
+    "sft-128k": ("sft", "--model", "s128k", "--steps", "2"),
+    "full": ("full", "--model", "s32k", "--steps", "3"),
+    "dpo": ("dpo", "--model", "s32k", "--steps", "3"),
+    "memory": ("memory",),
+    "scale": ("scale", "--steps", "2"),
+    "curves": ("curves",),
+    "quality": ("quality",),
+    "profile": ("profile", "--model", "s32k", "--steps", "2"),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[*PLAN, "gpu"], default=None)
+    parser.add_argument("more", nargs="*", help="words for every bench, after --")
+    parsed = parser.parse_args()
+    chosen = {name: words for name, words in PLAN.items() if parsed.only is None or name in parsed.only}
+    if _gpu() if parsed.only is None else "gpu" in parsed.only:
+        chosen["gpu"] = ("gpu",)
+    minutes = {}
+    for name, (module, *words) in chosen.items():
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-m", f"bench.{module}", *words, *parsed.more], cwd=ROOT, check=True)
+        minutes[name] = round((time.monotonic() - begin) / 60, 1)
+        print(f"bench: {name} took {minutes[name]} minutes", file=sys.stderr, flush=True)
+    page.main()
+    print(json.dumps({"minutes": minutes, "in_all": round(sum(minutes.values()), 1)}))
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    main()
