@@ -30,6 +30,7 @@ from luthier.contracts.method import Method
 from luthier.models import peft_names
 from luthier.models.low_rank import DTYPES, LowRank, LowRankEmbedding, check_foldable, fold
 from luthier.models.score_head import HEAD, PEFT_HEADS, SCORES, score_head, task_type
+from luthier.models.shared_input import share_inputs
 from luthier.models.sites import (
     AdaptedEmbedding,
     AdaptedLinear,
@@ -191,6 +192,7 @@ class LoRA(Method):
         self._train_biases(model, found)
         for path, base in saved.items():
             replace(model, path, SavedModule(base))
+        share_inputs(model)
 
     def _train_biases(self, model: nn.Module, found: Mapping[str, nn.Module]) -> None:
         """bias=all: every base parameter with `bias` in its name; lora_only: those of adapted layers."""

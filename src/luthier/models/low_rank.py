@@ -8,8 +8,8 @@ Saved for the backward: x (the base layer holds it anyway) and z = x A^T (T, R);
 
 Frozen weights get no gradient and dx is made only when somebody asks. The sum goes into y in place where that is
 legal. Dtypes (PEFT's rule): the adapter computes in its own dtype (in autocast's, inside autocast) and the sum is
-rounded once to y's dtype. Every low-rank method builds on these modules. Left out: second derivatives, fusing
-several targets that share one input.
+rounded once to y's dtype. Every low-rank method builds on these modules. Plain
+linears skip all this: base and pair are one function there (models/adapted_linears.py). Left out: second derivatives.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ class LowRank(nn.Module):
         dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
         y = low_rank(y, dropped, self.lora_A, self.lora_B, self.scale)
         return y if self.lora_bias is None else (y + self.scale * self.lora_bias).to(y.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, scale) where the pair is all that is added now; None where `forward` does more, or something else."""
+        drops = self.training and self.dropout > 0
+        if type(self).forward is not LowRank.forward or self.lora_bias is not None or drops:
+            return None
+        return self.lora_A, self.lora_B, self.scale
 
     def weight(self) -> Tensor:
         """s B A, (out, in), fp32."""

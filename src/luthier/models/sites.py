@@ -54,7 +54,12 @@ class Site(nn.Module):
 
 
 class AdaptedLinear(Site):
-    """y = delta(x, base(x), base). The delta owns what trains and may write into y: nobody else holds it."""
+    """y = delta(x, base(x), base). The delta owns what trains and may write into y: nobody else holds it.
+
+    `shared` (models/shared_input.py) may make the same y faster, together with the sites that read the same x.
+    """
+
+    shared: Any = None
 
     def __init__(self, base: nn.Module, delta: nn.Module) -> None:
         super().__init__(base)
@@ -70,6 +75,8 @@ class AdaptedLinear(Site):
         return features(self.base_layer)[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.on and self.shared is not None and (made := self.shared.result(self, x)) is not None:
+            return made  # type: ignore[no-any-return]
         y: Tensor = self.base_layer(x)
         return self.delta(x, y, self.base_layer) if self.on else y
 

@@ -1,0 +1,152 @@
+"""Which adapted linears read the same input, and computing those together (models/adapted_linears.py).
+
+Nothing is known about architectures: one forward pass of two tokens records which sibling sites (children of one
+module) are given the very same tensor object, in which order. What holds for every instance of a module class that
+was reached holds for those that were not (an expert that no token chose). The first site of a group computes all of
+it and leaves the other results; a sibling takes its own only if it is called with that same, unchanged tensor, in the
+same grad and autocast mode. Anything else is computed alone, as if there were no groups: wrong groups cost time only.
+
+The frozen linear is read here, not called. So a base that is not a plain `nn.Linear` (quantised, sharded, adapted
+again), that trains, or that carries a hook, and a delta that is not just a low-rank pair (dropout in training, an
+extra bias, a method that computes something else) keep their whole group on the other path, where base and delta
+are called.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.models.adapted_linears import Adapted, adapted_linears
+from luthier.models.sites import AdaptedLinear
+from luthier.models.switch import native_attention
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Results that wait for their sites, and under what they were made."""
+
+    x: Tensor
+    mode: tuple[int, bool, torch.dtype | None]
+    results: dict[int, Tensor]
+
+
+@dataclass(eq=False)
+class SharedInput:
+    """The sites of one group in the order in which they are called; the first makes everybody's result."""
+
+    sites: list[AdaptedLinear]
+    left: _Left | None = field(default=None, repr=False)
+
+    def result(self, site: AdaptedLinear, x: Tensor) -> Tensor | None:
+        """What `site` makes of x, or None where it must be computed alone."""
+        version = -1 if x.is_inference() else x._version
+        mode = (version, torch.is_grad_enabled(), _autocast(x))
+        if site is self.sites[0]:
+            self.left = self._all(x, mode)
+        left = self.left
+        if left is None or left.x is not x or left.mode != mode:
+            return None
+        found = left.results.pop(id(site), None)
+        if not left.results:
+            self.left = None
+        return found
+
+    def _all(self, x: Tensor, mode: tuple[int, bool, torch.dtype | None]) -> _Left | None:
+        group = [one for one in map(adapted, self.sites) if one is not None]
+        if len(group) < len(self.sites):
+            return None
+        compute = group[0].weight_OD.dtype
+        for one in group:
+            own = mode[2] or one.a_RD.dtype
+            if not one.weight_OD.dtype == own == compute or (mode[2] is None and x.dtype != compute):
+                return None
+        made = adapted_linears(x, group, compute)
+        return _Left(x, mode, {id(site): y for site, y in zip(self.sites, made, strict=True)})
+
+
+def adapted(site: AdaptedLinear) -> Adapted | None:
+    """The site as matrices, where base and delta are nothing but these."""
+    base, pair = site.base_layer, getattr(site.delta, "pair", None)
+    if type(base) is not nn.Linear or pair is None or _hooked(base) or _hooked(site.delta):
+        return None
+    weight, bias = base.weight, base.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    found = pair()
+    return None if found is None else Adapted(weight, bias, *found)
+
+
+def share_inputs(model: nn.Module) -> list[SharedInput]:
+    """Let the sites that share an input compute together; a model that cannot run two tokens keeps them apart."""
+    kinds = _kinds(model)
+    groups = []
+    for parent in model.modules():
+        mine = {name: child for name, child in parent.named_children() if isinstance(child, AdaptedLinear)}
+        for names in kinds.get(type(parent), [(name,) for name in mine]):
+            together = [mine.pop(name) for name in names] if mine.keys() >= set(names) else []
+            groups += [SharedInput(together)] if together else []
+        groups += [SharedInput([site]) for site in mine.values()]
+    for group in groups:
+        for site in group.sites:
+            site.shared = group
+    return groups
+
+
+def _kinds(model: nn.Module) -> dict[type, list[tuple[str, ...]]]:
+    """Class of module -> names of its children that were given one tensor, wherever that class was reached."""
+    seen: dict[nn.Module, dict[int, list[str]]] = {}
+    inputs: list[Tensor] = []  # alive, so that no two have one id
+    hooks = []
+
+    def watch(parent: nn.Module, name: str, site: nn.Module) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.append(args[0])
+            seen.setdefault(parent, defaultdict(list))[id(args[0])].append(name)
+
+        hooks.append(site.register_forward_pre_hook(before))
+
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, AdaptedLinear):
+                watch(parent, name, child)
+    try:
+        _two_tokens(model)
+    except Exception:  # noqa: BLE001 a foreign model that needs more than ids: each site by itself
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[type, set[frozenset[tuple[str, ...]]]] = defaultdict(set)
+    for parent, by_input in seen.items():
+        found[type(parent)].add(frozenset(tuple(names) for names in by_input.values()))
+    alike = {kind: sorted(next(iter(ways))) for kind, ways in found.items() if len(ways) == 1}
+    return {kind: groups for kind, groups in alike.items() if _each_once(groups)}
+
+
+def _each_once(groups: list[tuple[str, ...]]) -> bool:
+    names = [name for group in groups for name in group]
+    return len(names) == len(set(names))
+
+
+@torch.no_grad()
+def _two_tokens(model: nn.Module) -> None:
+    place = next(model.parameters()).device
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices), native_attention(model):
+        model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=place), use_cache=False)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
