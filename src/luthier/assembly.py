@@ -96,6 +96,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     settle(loaded.model, precision)
     steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train))
     notes += _advice(recipe, prepared, trunk, steps)
+    notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
     held_out = prepared.evaluation
     evaluation = Stream(held_out, stream_spec(recipe, device, held_out)) if held_out else None
     work = Assembled(

@@ -12,7 +12,7 @@ from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.objective import Scored
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
-from luthier.objectives.dpo import DPO, KNOWN
+from luthier.objectives.dpo import BY_DIFFERENCE, DPO, KNOWN, SMOOTHED
 from objectives.rig import Table, rows, step
 
 AT_REFERENCE = {
@@ -66,6 +66,24 @@ def test_a_far_policy_is_finite_and_right() -> None:
         loss, _ = step(DPO(beta=5.0), table, [samples])
         assert loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert all(torch.isfinite(gradient).all() for gradient in table.gradients().values())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("far", [-2000.0, 2000.0])
+def test_no_loss_overflows(name: str, kind: str, far: float) -> None:
+    if kind != "reverse_kl" and name not in BY_DIFFERENCE:
+        return
+    objective = DPO(loss_type=name, f_divergence_type=kind, label_smoothing=0.1 if name in SMOOTHED else 0.0)
+    samples = rows("Pair", 3, (1.0,))
+    table = Table(samples, torch.float32)
+    for sample in samples:
+        chosen = len(sample.pieces[1].tokens)
+        table.reference[sample.id][:chosen] += far / chosen
+        table.reference[sample.id][chosen:] -= far / (len(table.reference[sample.id]) - chosen)
+    loss, _ = step(objective, table, [samples])
+    assert math.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in table.gradients().values())
 
 
 def test_ld_alpha_between_plain_and_shared() -> None:

@@ -144,6 +144,21 @@ def test_what_cannot_be_meant_is_refused(fields: dict[str, Any]) -> None:
     assert refusal.value.where == f"objective.{next(iter(fields))}" and refusal.value.remedy
 
 
+def test_what_to_know_before_the_first_step() -> None:
+    def of(labels: list[float]) -> list[Sample]:
+        return [judged(index, [1], [2], label) for index, label in enumerate(labels)]
+
+    even = of([1.0, 0.0])
+    assert list(KTO().advice(even, even)) == []
+    assert list(KTO().advice(rows("Pair", 4, (1.0,)), even)) == []
+    (note,) = KTO().advice(of([1.0, 1.0, 1.0, 0.0]), even)
+    assert "balance is 3.00" in note and "between 0.33 and 0.44" in note
+    assert list(KTO(desirable_weight=0.4).advice(of([1.0, 1.0, 1.0, 0.0]), even)) == []
+    assert "all 2 answers are undesirable" in KTO().advice(of([0.0, 0.0]), even)[0]
+    assert "train.rows_per_step" in KTO().advice(even, even[:1])[0]
+    assert list(KTO(loss_type="apo_zero_unpaired").advice(even, even[:1])) == []
+
+
 def test_a_cache_is_enough_without_the_estimate() -> None:
     assert KTO(loss_type="apo_zero_unpaired", reference="cached").reference == "cached"
 

@@ -153,6 +153,26 @@ def test_declared_coefficients_are_the_gradient_everywhere(case: Case) -> None:
         assert (gradients[0] - gradients[1]).abs().max() > 0 or "sft" in repr(case) or "hinge" in repr(case)
 
 
+@pytest.mark.cuda
+@each
+def test_a_gpu_says_the_same(case: Case) -> None:
+    samples = case.rows(6)
+    batch, table = collate(samples), Table(samples)
+    stats = case.objective.prepare([batch], table.beforehand(case.objective, samples))
+    found = []
+    for device in ("cpu", "cuda"):
+        here, out = batch.to(device), table.scored(case.objective, batch)
+        leaf = (out.logprobs_N if out.scores_Q is None else out.scores_Q).detach().to(device).requires_grad_()
+        reference_N = None if out.reference_N is None else out.reference_N.to(device)
+        given = Scored(leaf, reference_N) if out.scores_Q is None else Scored(leaf[:0], None, leaf)
+        loss = case.objective.loss(given, here, stats)
+        loss.total.backward()
+        found.append((loss.total.item(), leaf.grad.cpu(), loss.metrics))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-8)
+    assert found[0][2] == {name: pytest.approx(pair, rel=1e-5) for name, pair in found[1][2].items()}
+
+
 @each
 def test_every_metric_is_a_sum_and_its_weight(case: Case) -> None:
     samples = case.rows(6)

@@ -6,13 +6,16 @@ smoothing that DPO's sigmoid ignores, ORPO's likelihood over the prompt, the lik
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import work
 from luthier.assembly import Assembled
+from luthier.data.stream import Stream
 from luthier.models.peft_names import live
 from luthier.objectives.cpo import CPO
 from luthier.objectives.dpo import DPO
@@ -118,6 +121,23 @@ def test_trl_s_sigmoid_ignores_label_smoothing(ours: Assembled, dpo_trainer: Any
     flipped = trl_side.our_step(ours, DPO(label_smoothing=0.4)).loss
     assert two.loss != pytest.approx(theirs.loss, abs=1e-6)
     assert two.loss == pytest.approx((one + flipped) / 2, rel=1e-6)  # linear in the smoothing: conservative DPO
+
+
+def test_trl_s_likelihood_changes_with_the_batch_and_ours_does_not(ours: Assembled, dpo_trainer: Any) -> None:
+    """RPO accumulated over two batches: TRL's mean of means weighs a short answer's tokens more."""
+    rpo = DPO(loss_type=("sigmoid", "sft"))
+    whole = their_dpo(dpo_trainer, rpo).loss
+    rows = [dpo_trainer.train_dataset[index] for index in range(4)]
+    with torch.no_grad():
+        four, one, three = (
+            dpo_trainer.compute_loss(dpo_trainer.model, dpo_trainer.data_collator(part)).item()
+            for part in (rows, rows[:1], rows[1:])
+        )
+    assert (one + 3 * three) / 4 != pytest.approx(four, abs=1e-5)
+    for tokens in (64, 4096):
+        split = replace(ours, stream=Stream(ours.stream.samples, replace(ours.stream.spec, microbatch_tokens=tokens)))
+        assert (len(split.stream.step(0)) > 1) == (tokens == 64)
+        assert trl_side.our_step(split, rpo).loss == pytest.approx(whole, rel=1e-5)
 
 
 def test_trl_s_ipo_averages_and_the_paper_s_does_not(ours: Assembled, dpo_trainer: Any) -> None:

@@ -56,6 +56,10 @@ class Objective:
         """What this microbatch adds to the divisor of the step: scored-token weight unless overridden."""
         return float(batch.weights_N.double().sum())
 
+    def advice(self, samples: Sequence[Sample], step: Sequence[Sample]) -> Sequence[str]:
+        """What a person should know about these rows before the first step; `step` are the rows of that."""
+        return ()
+
     def beforehand(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """Samples that policy and reference score without gradient before the step, made of the step's samples."""
         return ()

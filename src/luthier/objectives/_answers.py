@@ -94,9 +94,11 @@ def pairs_per_token(microbatches: Sequence[Batch], *, with_prompt: bool = False)
     return sum(len(batch.samples) for batch in microbatches) / max(tokens, 1e-30)
 
 
-def nll_sum(logprobs_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Weighted negative log-likelihood, a float64 scalar."""
-    return -(weights_N.double() * logprobs_N.masked_fill(weights_N == 0, 0.0).double()).sum()
+def likelihood(logprobs_N: Tensor, weights_N: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """Weighted negative log-likelihood, a float64 scalar; and the metric `nll`: its value and the weight."""
+    nll = -(weights_N.double() * logprobs_N.masked_fill(weights_N == 0, 0.0).double()).sum()
+    value, weight = torch.stack([nll.detach(), weights_N.double().sum()]).tolist()
+    return nll, (value, weight)
 
 
 def preference_metrics(rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:

@@ -27,7 +27,7 @@ from luthier.objectives._answers import (
     chosen_and_rejected,
     chosen_weights,
     count_pairs,
-    nll_sum,
+    likelihood,
     pairs_per_token,
     preference_metrics,
 )
@@ -97,7 +97,5 @@ class CPO(Objective):
         metrics = preference_metrics((self.beta * chosen_P, self.beta * rejected_P), logps)
         if not self.cpo_alpha:
             return Loss(losses_P.sum(), metrics)
-        likely_N = chosen_weights(batch)
-        nll = nll_sum(out.logprobs_N, likely_N)
-        metrics["nll"] = (float(nll.detach()), float(likely_N.double().sum()))
+        nll, metrics["nll"] = likelihood(out.logprobs_N, chosen_weights(batch))
         return Loss(losses_P.sum() + self.cpo_alpha * stats * nll, metrics)

@@ -36,7 +36,7 @@ from luthier.objectives._answers import (
     chosen_and_rejected,
     chosen_weights,
     count_pairs,
-    nll_sum,
+    likelihood,
     pairs_per_token,
     preference_metrics,
     rank_in_sample,
@@ -51,6 +51,7 @@ Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverge
 
 KNOWN = LossType.__args__  # type: ignore[attr-defined]
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
+LARGEST = 80.0  # exponents of divergences stop here, as in TRL
 SORTING = ("aot", "aot_unpaired")
 BY_MARGIN = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")  # where a pair's own margin can be taken off
 BY_DIFFERENCE = (*BY_MARGIN, "sigmoid_norm", "ipo", "sft")  # where f-DPO's normaliser cancels
@@ -121,19 +122,19 @@ def apo_down_loss(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
 
 
 def discopop_loss(lead_P: Tensor, tau: float) -> Tensor:
-    """Between logistic and exponential, by the lead. (P,)"""
-    share_P = torch.sigmoid(lead_P / tau)
-    return -logsigmoid(lead_P) * (1 - share_P) + torch.exp(-lead_P) * share_P
+    """Between logistic and exponential, by the lead; e^-lead s(lead / tau) in one exponent, so none overflows. (P,)"""
+    logistic_P = -logsigmoid(lead_P) * torch.sigmoid(-lead_P / tau)
+    return logistic_P + torch.exp(logsigmoid(lead_P / tau) - lead_P)
 
 
 def divergence_score(ratio_P: Tensor, kind: Divergence, alpha: float = 0.5) -> Tensor:
     """f'(pi / ref) of a log-ratio, so that D is the reward difference under an f-divergence. (P,)"""
     if kind == "forward_kl":
-        return -torch.expm1(-ratio_P)
+        return -torch.expm1((-ratio_P).clamp(max=LARGEST))
     if kind == "js_divergence":
         return math.log(2) + logsigmoid(ratio_P)
     if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
-        return torch.expm1(((alpha - 1) * ratio_P).clamp(max=80.0)) / (alpha - 1)
+        return torch.expm1(((alpha - 1) * ratio_P).clamp(max=LARGEST)) / (alpha - 1)
     return ratio_P
 
 
@@ -240,14 +241,16 @@ class DPO(Objective):
         weights_N = batch.weights_N if self.ld_alpha is None else verbosity_weights(batch, self.ld_alpha)
         policy_Q = answer_logps(out.logprobs_N, weights_N, batch)
         ratios = self.ratios(policy_Q - answer_logps(out.reference_N, weights_N, batch), batch)
+        rewards = (self.beta * ratios.chosen_P, self.beta * ratios.rejected_P)
+        metrics = preference_metrics(rewards, chosen_and_rejected(policy_Q, batch))
         total = torch.zeros((), dtype=torch.float64, device=policy_Q.device)
         for name, weight in zip(self.losses, self.weights, strict=True):
             if name == "sft":
-                total = total + weight * stats * nll_sum(out.logprobs_N, chosen_weights(batch))
+                nll, metrics["nll"] = likelihood(out.logprobs_N, chosen_weights(batch))
+                total = total + weight * stats * nll
             else:
                 total = total + weight * self.pair_losses(name, ratios).sum()
-        rewards = (self.beta * ratios.chosen_P, self.beta * ratios.rejected_P)
-        return Loss(total, preference_metrics(rewards, chosen_and_rejected(policy_Q, batch)))
+        return Loss(total, metrics)
 
     def ratios(self, ratio_Q: Tensor, batch: Batch) -> Ratios:
         score_Q = divergence_score(ratio_Q, self.f_divergence_type, self.f_alpha_divergence_coef)

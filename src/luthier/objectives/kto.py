@@ -31,6 +31,8 @@ from luthier.contracts.record import Piece, Sample
 from luthier.objectives._answers import answer_logps, check_answers, rank_in_sample
 from luthier.objectives._fields import DROPOUT, REFERENCE, NotNegative, Positive, Reference, check, doc, number
 
+BALANCED = (1.0, 4 / 3)  # equation 9 of the paper
+
 
 @dataclass(frozen=True)
 class Step:
@@ -109,6 +111,28 @@ class KTO(Objective):
             raise DataError("an answer without a label", where=str(batch.sources[sample]),
                             remedy="KTO needs to know whether each answer is desirable")  # fmt: skip
         return float(batch.group_Q.numel())
+
+    def advice(self, samples: Sequence[Sample], step: Sequence[Sample]) -> Sequence[str]:
+        notes = []
+        labels = [
+            label for sample in samples for label in sample.extra.get("label", (1.0, 0.0)[: len(sample.sequences)])
+        ]
+        wanted, other = sum(label > 0.5 for label in labels), sum(label <= 0.5 for label in labels)
+        if not (wanted and other):
+            notes.append(
+                f"all {len(labels):,} answers are {'' if wanted else 'un'}desirable: there is nothing to prefer"
+            )
+        elif self.undesirable_weight:
+            balance = self.desirable_weight * wanted / (self.undesirable_weight * other)
+            if not BALANCED[0] - 0.005 <= balance <= BALANCED[1] + 0.005:
+                low, high = (bound * self.undesirable_weight * other / wanted for bound in BALANCED)
+                notes.append(
+                    f"{wanted:,} desirable and {other:,} undesirable answers: KTO's balance is {balance:.2f} and "
+                    f"should be 1 to 1.33; set objective.desirable_weight between {low:.2f} and {high:.2f}"
+                )
+        if self.loss_type == "kto" and len(step) < 2:
+            notes.append("a step of one row has no estimate of the divergence, z0 is 0: raise train.rows_per_step")
+        return notes
 
     def beforehand(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         return mismatched(samples) if self.loss_type == "kto" and len(samples) > 1 else ()

@@ -25,7 +25,7 @@ from luthier.objectives._answers import (
     chosen_and_rejected,
     chosen_weights,
     count_pairs,
-    nll_sum,
+    likelihood,
     pairs_per_token,
     preference_metrics,
 )
@@ -76,8 +76,8 @@ class ORPO(Objective):
     def loss(self, out: Scored, batch: Batch, stats: Any) -> Loss:
         chosen_P, rejected_P = chosen_and_rejected(answer_means(out.logprobs_N, batch), batch)
         likely_N = chosen_weights(batch, with_prompt=self.nll_on_prompt)
-        nll, ratio_P = nll_sum(out.logprobs_N, likely_N), odds_ratio_loss(chosen_P, rejected_P)
+        ratio_P = odds_ratio_loss(chosen_P, rejected_P)
         metrics = preference_metrics((self.beta * chosen_P, self.beta * rejected_P), (chosen_P, rejected_P))
-        metrics["nll"] = (float(nll.detach()), float(likely_N.double().sum()))
+        nll, metrics["nll"] = likelihood(out.logprobs_N, likely_N)
         metrics["odds_ratio_loss"] = (float(ratio_P.detach().sum()), float(ratio_P.numel()))
         return Loss(stats * nll + self.beta * ratio_P.sum(), metrics)
