@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from luthier.contracts.objective import Loss, Objective, Scored
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.stream import Stream
 from luthier.engine.gate import GateFailure, run_gate
-from luthier.engine.gate_numbers import unshared
+from luthier.engine.gate_numbers import beside, unshared
 from luthier.engine.gate_spec import GateSpec, Prompt
 from luthier.engine.scoring import Scorer
 from luthier.engine.task import Run
@@ -194,6 +194,50 @@ def test_the_sequences_of_a_tree_as_rows() -> None:
     rows = unshared(Sample((prompt, good, bad), Source("a.jsonl", 1), 0, (1, 2, 0)))
     assert [list(row.pieces[0].tokens) for row in rows] == [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 6]]
     assert [list(row.pieces[0].weights) for row in rows] == [[0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 1]]
+
+
+@dataclass(frozen=True)
+class Lead(Objective):
+    """Bradley and Terry's loss on scores."""
+
+    reads: ClassVar[str] = "scores"
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch.samples))
+
+    def loss(self, out: Scored, batch: Batch, stats: Any) -> Loss:
+        assert out.scores_Q is not None
+        return Loss(-torch.nn.functional.logsigmoid(out.scores_Q[0::2] - out.scores_Q[1::2]).sum())
+
+
+class Scores:
+    """A reward model whose score is a number of the last hidden row, with the share that a pack's size has in it."""
+
+    def __init__(self, run: Run, leak: float = 0.0) -> None:
+        self.inner, self.model, self.leak = run.trunk, run.trunk.model, leak
+
+    def scores(self, batch: Batch) -> Tensor:
+        assert batch.last_Q is not None
+        last = replace(batch, scored_N=batch.last_Q, targets_N=torch.full_like(batch.last_Q, 40))
+        sign_Q = 1 - 2 * (batch.tokens_T[batch.last_Q - 1] % 2)
+        return sign_Q * (self.inner.logprobs(last) + 5.0) + self.leak * batch.tokens
+
+
+@pytest.mark.parametrize("leak", [0.0, 1e-3])
+def test_scores_of_packed_rows_are_compared_one_by_one(tmp_path: Path, leak: float) -> None:
+    run = rig.build(tmp_path, reference="method_off")
+    spec = spec_of(run, trunk=Scores(run, leak), objective=Lead())
+    if leak:
+        assert failed(spec)["name"] == "packed = alone"
+    else:
+        assert run_gate(spec)["passed"]
+
+
+def test_scores_that_cancel_are_not_compared_by_their_sum() -> None:
+    alone = torch.tensor([4.0, -4.0, 2.0, -2.0], dtype=torch.float64)
+    rounded = alone + torch.tensor([1e-7, 0.0, 0.0, 0.0], dtype=torch.float64)
+    ((one, two),) = beside(rounded, alone, "scores").values()
+    assert abs(one - two) / two == pytest.approx(2.5e-8, rel=1e-3)
 
 
 class MeanOfMeans(Objective):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
@@ -16,10 +18,11 @@ from luthier.data.pack import collate
 from luthier.models import cut
 from luthier.models.load import Loaded, load_model, save_whole
 from luthier.models.probe import open_trunk
-from luthier.models.score_head import as_causal, padding_of, score_head
+from luthier.models.score_head import as_causal, check_head, padding_of, score_head
 from luthier.models.shapes import linear_paths, shapes_of
 from luthier.models.switch import native_attention
 from luthier.recipe.recipe import ModelSection
+from models.sweep import build
 from tiny import SPECIAL, tiny, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -33,17 +36,17 @@ def reward_model(path: Path, seed: int = 0, reads: str = "scores") -> Loaded:
     return load_model(ModelSection(path=str(path)), dtype=torch.float32, reads=reads, head_seed=seed)
 
 
-def pairs(count: int = 5, seed: int = 0) -> list[Sample]:
+def pairs(count: int = 5, seed: int = 0, vocabulary: int = 250) -> list[Sample]:
     """A shared prompt and two answers each; one pair without a common token."""
     rng = random.Random(seed)
 
     def text(least: int, most: int) -> list[int]:
-        return [rng.randrange(250) for _ in range(rng.randrange(least, most))]
+        return [rng.randrange(5, vocabulary) for _ in range(rng.randrange(least, most))]
 
     made = []
     for index in range(count):
         roots = index == count - 1
-        prompt, chosen, rejected = text(3, 9), [*text(1, 9), 260], [*text(1, 9), 260]
+        prompt, chosen, rejected = text(3, 9), text(2, 9), text(2, 9)
         leaves = [Piece(a, [0.0] + [1.0] * (len(a) - 1) if roots else [1.0] * len(a), -1 if roots else 0)
                   for a in (chosen, rejected)]  # fmt: skip
         root = () if roots else (Piece(prompt, [0.0] * len(prompt)),)
@@ -173,3 +176,23 @@ def test_what_has_no_score_head_is_refused_by_name(tmp_path: Path) -> None:
     (other / "config.json").write_text(config)
     with pytest.raises(ModelError, match="no score head for this family"):
         reward_model(other)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & CLASSIFIERS.keys()))
+def test_every_family_with_a_score_head(name: str) -> None:
+    """61 of 86; the others are encoders, or have another head, and are refused."""
+    config = build(name).config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config).float().eval()
+    head = getattr(model, "score", None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        with pytest.raises(ModelError, match="not one linear"):
+            check_head(model, name)
+        return
+    check_head(model, name)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = None
+    samples = pairs(vocabulary=120)
+    with torch.no_grad():
+        found_Q, expected_Q = open_trunk(model).scores(collate(samples)), alone(model, samples)
+    torch.testing.assert_close(found_Q, expected_Q, rtol=1e-5, atol=1e-5)

@@ -175,7 +175,9 @@ def sentence(event: Event) -> str:
         rows = ", ".join(event.rows[:3]) + (" ..." if len(event.rows) > 3 else "")
         return f"step {event.step} skipped: {event.reason}; rows {rows}"
     if isinstance(event, Evaluated):
-        return f"step {event.step}  eval_loss {event.eval_loss:.4f}  ({event.scored_tokens:,} tokens)"
+        right = event.metrics.get("rewards/accuracies")
+        ranked = "" if right is None else f"  ranked right {right:.3f}"
+        return f"step {event.step}  eval_loss {event.eval_loss:.4f}{ranked}  ({event.scored_tokens:,} tokens)"
     if isinstance(event, Saved):
         return f"step {event.step}  saved {event.checkpoint}"
     if isinstance(event, Noted):

@@ -47,7 +47,7 @@ def numbers(spec: GateSpec) -> list[Check]:
         return [Check("finite loss", "fail", {"value": bad, "examples": sources_of(chosen)}, remedy)]
     alone = torch.cat([_read(spec, collate([row])) for sample in chosen for row in unshared(sample)])
     packing = _close(
-        "packed = alone", {"sum": (-float(packed.sum()), -float(alone.sum()))}, loose_packed,
+        "packed = alone", beside(packed, alone, spec.scorer.objective.reads), loose_packed,
         {"rows": len(chosen), "tokens": whole.tokens, "largest_difference": float((packed - alone).abs().max())},
         "set data.packing none, or model.attention unpacked, and report the model family",
     )  # fmt: skip
@@ -99,6 +99,15 @@ def _read(spec: GateSpec, batch: Batch) -> Tensor:
     """What the objective reads of the policy: one number for each scored token, or for each sequence."""
     out = spec.scorer.quietly(batch, reference=False)
     return (out.logprobs_N if out.scores_Q is None else out.scores_Q).double()
+
+
+def beside(packed: Tensor, alone: Tensor, reads: str) -> dict[str, tuple[float, float]]:
+    """Log-probabilities have one sign: their sums are compared. Scores cancel: the one that is furthest off, beside
+    the largest."""
+    if reads != "scores":
+        return {"sum": (-float(packed.sum()), -float(alone.sum()))}
+    largest = float(alone.abs().max())
+    return {"score": (largest, largest + float((packed - alone).abs().max()))}
 
 
 def _gradients(spec: GateSpec, samples: Sequence[Sample], batches: list[Batch]) -> tuple[float, float]:
