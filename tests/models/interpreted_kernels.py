@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.models.kernels import gpu, triton_norm, triton_rotary, triton_swiglu
+from luthier.models.kernels.rotary import rotary
 from luthier.models.kernels.triton_softmax import softmax_pull_, softmax_pull_plain_
 from luthier.models.logprob_tiles import HeadMap, Tile
 from luthier.models.logprobs import How, token_logprobs, token_logprobs_plain
@@ -99,6 +100,10 @@ def test_rotary(batch: int, heads: int, tokens: int, width: int, transposed: boo
     grad = some(batch, heads, tokens, width, dtype=dtype, seed=3)
     (dx,) = torch.autograd.grad(wanted, x, grad)
     check(triton_rotary.rotate(grad, cos, sin, backward=True), dx, dtype)
+    leaf = x.detach().requires_grad_()
+    turned = rotary(leaf, cos, sin)
+    check(turned, wanted, dtype)
+    check(torch.autograd.grad(turned, leaf, grad)[0], dx, dtype)
     with pytest.raises(ValueError, match="even width"):
         triton_rotary.rotate(some(1, 1, 1, 3), cos, sin)
 

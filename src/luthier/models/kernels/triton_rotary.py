@@ -1,10 +1,7 @@
-"""Rotary positions on queries or keys, forward and backward by one kernel, on a GPU.
+"""Rotary positions on queries or keys, forward and backward by one kernel, on a GPU: the formula of kernels/rotary.py.
 
-    y_1 = x_1 c_1 - x_2 s_1     y_2 = x_2 c_2 + x_1 s_2          (halves of the head width; rotate-half layout)
-    backward: the transpose, dx_1 = g_1 c_1 + g_2 s_2, dx_2 = g_2 c_2 - g_1 s_1
-
-One read and one write where torch's rotate_half, two products and a sum make five tensors; nothing is kept for the
-backward but cos and sin, which all layers share. float32 inside. Any strides: heads and tokens may be transposed.
+One read and one write where torch's rotate_half, two products and a sum make five tensors. float32 inside. Any strides:
+heads and tokens may be transposed.
 Left out: interleaved pairs (GLM, Cohere) and partial rotary, which slice before they rotate.
 """
 
