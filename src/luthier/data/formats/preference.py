@@ -1,7 +1,8 @@
 """`preference`: two answers to one prompt, the better one named; a Pair.
 
     the answers    chosen / rejected | chosen_messages / rejected_messages | preferred_output / non_preferred_output
-                   (OpenAI) | response_j / response_k (StackExchange); texts, messages, or whole conversations
+                   (OpenAI) | response_j / response_k (StackExchange) | response / rejected_response, or messages with
+                   rejected_messages or rejected_response (ms-swift); texts, messages, or whole conversations
     the prompt     prompt | question | query | instruction [input] (Alpaca) | conversations (LLaMA-Factory)
                    | messages | input {messages, tools} (OpenAI) | what both answers begin with, where no column says it
 
@@ -29,7 +30,7 @@ COLUMNS = "chosen rejected [prompt | question | instruction | conversations | me
 RANK = 2
 _ANSWERS = (
     ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("preferred_output", "non_preferred_output"),
-    ("response_j", "response_k"),
+    ("response_j", "response_k"), ("messages", "rejected_messages"), ("response", "rejected_response"),
 )  # fmt: skip
 _TEXTS = ("prompt", "question", "query", "input")
 _MARK = "\n\nAssistant:"
@@ -37,10 +38,13 @@ Messages = list[dict[str, Any]]
 
 
 def detect(row: Mapping[str, Any]) -> bool:
-    return any(one in row and other in row for one, other in _ANSWERS)
+    return (
+        any(one in row and other in row for one, other in _ANSWERS) or {"messages", "rejected_response"} <= row.keys()
+    )
 
 
 def read(row: Mapping[str, Any], source: Source) -> Pair:
+    row = _swift(row)
     names = next((pair for pair in _ANSWERS if pair[0] in row and pair[1] in row), _ANSWERS[0])
     answers = [_answer(row.get(name), source, name) for name in names]
     margin = _margin(row.get("margin"), source)
@@ -63,6 +67,17 @@ def read(row: Mapping[str, Any], source: Source) -> Pair:
     pair = Pair(one, other, source, margin)
     sides(pair)  # the same prompt in both, or an error
     return pair
+
+
+def _swift(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """ms-swift's conversation beside which only the other last answer stands, as two conversations."""
+    if "rejected_response" not in row or "response" in row:
+        return row
+    turns, other = row.get("messages"), row["rejected_response"]
+    if isinstance(turns, Sequence) and not isinstance(turns, str) and other is not None:
+        last = other if isinstance(other, list) else [{"role": "assistant", "content": other}]
+        other = [*turns[:-1], *last]
+    return {**row, "rejected_messages": other}
 
 
 def _same(source: Source, name: str) -> DataError:
@@ -118,6 +133,8 @@ def _prompt(row: Mapping[str, Any], source: Source) -> str | Messages | None:
     if isinstance(value, Sequence) and not isinstance(value, str):
         turns = [sharegpt.turn_of(turn, source, f"{name}[{i}]") for i, turn in enumerate(value)]
         return [*_system(row, source), *turns]
+    if name == "messages":
+        raise wrong("not a list of turns", source, name, value=kind_of(value), remedy='[{"role", "content"}, …]')
     text = text_of(value, source, name)
     return [*_system(row, source), {"role": "user", "content": text}] if "system" in row else text
 
