@@ -107,6 +107,11 @@ def test_kto_on_judged_answers_whatever_the_microbatch(luthier: Call, base: Path
         ran = luthier(*call)
         assert ran.code == 0, ran.err
         found.append(steps(tmp_path / name))
+    assert "KTO's balance" not in ran.out + ran.err
+    lopsided = luthier(
+        *words(base, judged, tmp_path / "lopsided", "{name: kto, desirable_weight: 3}", "train.max_steps=1")
+    )
+    assert "KTO's balance is" in lopsided.out + lopsided.err
     assert found[0][0]["loss"] == pytest.approx(0.5, abs=1e-6)  # the reference itself: nothing moved yet
     assert found[0][0]["metrics"]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert ["kl" in row["metrics"] for row in found[0]].count(False) == 1  # an epoch's last row stands alone

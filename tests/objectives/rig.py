@@ -81,8 +81,7 @@ class Case:
     kind: str
 
     def rows(self, count: int = 8, weights: tuple[float, ...] = (1.0,)) -> list[Sample]:
-        made = rows(self.kind, count, weights, self.objective.score_prompt)
-        return made
+        return rows(self.kind, count, weights, self.objective.score_prompt, odd=True)
 
     def __repr__(self) -> str:
         spec = ",".join(
@@ -113,7 +112,10 @@ def only_class(name: str) -> None:
 # ------------------------------------------------------------------ rows
 
 
-def rows(kind: str, count: int, weights: tuple[float, ...], score_prompt: bool = False) -> list[Sample]:
+def rows(
+    kind: str, count: int, weights: tuple[float, ...], score_prompt: bool = False, *, odd: bool = False
+) -> list[Sample]:
+    """Rows of a kind. `odd`: two of the pairs have shapes that are rare, and legal."""
     rng, made = random.Random(0), []
     for index in range(count):
         what = ("Pair", "Judged")[index % 2] if kind == "Mixed" else kind
@@ -123,7 +125,11 @@ def rows(kind: str, count: int, weights: tuple[float, ...], score_prompt: bool =
         if what == "Pair":
             sides = [_answer(rng, weights) for _ in range(2)]
             pieces += [Piece(tokens, loss, 0) for tokens, loss in sides]
-            places = (1, 2, 0) if score_prompt else (1, 2)
+            places: tuple[int, ...] = (1, 2, 0) if score_prompt else (1, 2)
+            if odd and index == 2:  # answers part before the first trained token
+                pieces[1:] = [Piece(tokens, [0.0, *loss[1:]], 0) for tokens, loss in sides]
+            if odd and index == 4 and not score_prompt:  # answers without a common token: two roots
+                pieces, places = [Piece(tokens, [0.0, *loss[1:]]) for tokens, loss in sides], (0, 1)
             margin = rng.random()
             extra = {"margin": (margin,) * len(places)}
             made.append(Sample(tuple(pieces), source, index, places, extra))
