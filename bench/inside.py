@@ -23,14 +23,15 @@ class Inside:
     def __init__(self, settings: dict[str, Any]) -> None:
         from luthier.assembly import assemble
         from luthier.engine.optimizer import build_optimizer
+        from luthier.engine.strategy.single import Single
 
         rows = Path(settings["directory"]) / f"{settings['name']}.jsonl"
         luthier_worker.write_rows(rows, settings)
         self.made = assemble(luthier_worker.make_recipe(settings, rows))
-        self.model = self.made.loaded.model.train()
-        self.optimizer = build_optimizer(
-            self.made.method, self.model, self.made.recipe.train, settings["learning_rate"]
-        )  # fmt: skip
+        self.strategy = Single(self.made.device, self.made.precision)
+        self.model = self.strategy.place(self.made.loaded.model).train()
+        train = self.made.recipe.train
+        self.strategy.bind(build_optimizer(self.made.method, self.model, train, settings["learning_rate"]))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def batches(self, number: int) -> list[Any]:
@@ -39,28 +40,15 @@ class Inside:
 
     def gradient(self, batches: Sequence[Any]) -> float:
         """Forward and backward of a step; its loss."""
-        from luthier.contracts.objective import Scored
-
-        objective, trunk = self.made.objective, self.made.trunk
-        weight, total = sum(objective.weight(batch) for batch in batches), 0.0
-        stats = objective.prepare(batches)
-        for batch in batches:
-            out = Scored(trunk.logprobs(batch), self._reference(batch))
-            loss = objective.loss(out, batch, stats).total / weight
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def _reference(self, batch: Any) -> Tensor | None:
-        if "reference" not in self.made.objective.roles:
-            return None
-        with torch.no_grad(), self.made.method.off(self.model):
-            return self.made.trunk.logprobs(batch)
+        scorer, objective = self.made.scorer, self.made.objective
+        stats = scorer.statistics(batches, (), self.made.stream)
+        weight = sum(objective.weight(batch) for batch in batches)
+        return self.strategy.forward_backward(batches, lambda batch: scorer.loss(batch, stats), weight)[0]
 
     def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.trained, work.MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.clip(work.MAX_NORM)
+        self.strategy.step()
+        self.strategy.zero()
 
     def unshared(self) -> None:
         """From now on a pair is two whole rows: every leaf carries a copy of its prompt."""

@@ -111,7 +111,7 @@ def _told(point: Point, inside: Inside, took: list[float]) -> dict[str, Any]:
     batches = inside.batches(0)
     with Allocated() as seen:
         inside.gradient(batches)
-    inside.optimizer.zero_grad(set_to_none=True)
+    inside.strategy.zero()
     rows = work.rows_of({"vocabulary": point.shape["vocab_size"], "lengths": [point.length] * point.segments})
     segments = [Segment(len(row.ids), len(row.ids) - row.prompt) for row in rows]
     largest = max(batches, key=lambda batch: batch.tokens)

@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
         directory = Path(name)
         work.make_model(shape, directory / "model")
-        for candidate, (settings, environment, same) in CANDIDATES.items():
+        for candidate in options.candidates:
+            settings, environment, same = CANDIDATES[candidate]
             entries = {
                 "luthier": race.LUTHIER,
                 "trl": race.Entry(title=candidate, module=MODULE, settings=settings, environment=environment),

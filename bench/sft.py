@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("sft", __doc__)
     options.with_systems(parser, list(SYSTEMS))
     parser.add_argument("--search", action="store_true", help="try TRL's settings instead of racing")
+    parser.add_argument("--candidates", nargs="+", choices=list(search.CANDIDATES), default=list(search.CANDIDATES))
     parsed = parser.parse_args(arguments)
     if parsed.search:
         options.write(parsed.out, f"search-{parsed.model}", *search.run(parsed))

@@ -1,6 +1,7 @@
-"""One unpadded batch: loss and adapter gradients of Luthier's packed trunk against the same rows through PEFT.
+"""One batch: loss and every trainable gradient of Luthier against TRL's trainers and against the bare loops, to 1e-5.
 
-The PEFT side is transformers' own attention and cross-entropy (and the loss that TRL's trainer computes).
+The parts are those that race in the benches: Luthier's own assembly, scorer and strategy, TRL's `compute_loss` on its
+own batch. Lengths are uneven, so TRL pads; LoRA and full fine-tuning on rows, DPO with LoRA on pairs.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench.rivals.bare_loop import row_losses
+from bench.inside import Inside
+from bench.rivals import bare_dpo, bare_loop, trl_dpo, trl_sft
 from torch import Tensor
 
-from bench import work
+from bench import luthier_worker, work
 
-peft = pytest.importorskip("peft")
-LENGTH, VOCABULARY = 48, work.SHAPES["tiny"]["vocab_size"]
+pytest.importorskip("peft")
+ROWS, LENGTHS = 4, (48, 31, 64, 40)
+CASES = [("lora", "sft"), ("full", "sft"), ("lora", "dpo")]
 
 
 @pytest.fixture(scope="module")
@@ -26,82 +29,74 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[work.Row]:
-    """Four rows of one length: nothing to pad."""
-    long = [row for row in work.make_rows(40, VOCABULARY) if len(row.ids) > LENGTH][:4]
-    return [work.Row((*row.ids[: LENGTH - 1], work.EOS), 8 + 5 * index) for index, row in enumerate(long)]
+def settings(model: Path, directory: Path, method: str, objective: str) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "model": str(model), "vocabulary": work.SHAPES["tiny"]["vocab_size"], "rows": ROWS, "rows_per_step": ROWS,
+        "steps": 1, "longest": 256, "method": method, "objective": objective, "directory": str(directory),
+        "learning_rate": work.RATES[method], "threads": 1, "name": f"{method}-{objective}", "cached": False,
+    }  # fmt: skip
+    if objective == "sft":
+        told["lengths"] = LENGTHS
+    else:
+        told["objective_fields"] = {"beta": work.BETA, "reference": "method_off"}
+    return {**told, "plan": luthier_worker.plan(told, ROWS)}
 
 
-def _ours(model: Path, rows: list[work.Row], directory: Path) -> tuple[float, dict[str, Tensor]]:
-    import luthier
-    from luthier.assembly import assemble
-    from luthier.contracts.objective import Scored
+def ours(told: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    inside = Inside(told)
+    loss = inside.gradient(inside.batches(0))
+    return loss, gradients_of(inside.model, told["method"], inside.made.method.tensors)
 
-    work.write_rows(directory / "rows.jsonl", rows, VOCABULARY)
-    recipe = luthier.Recipe(
-        model=str(model), data={"train": str(directory / "rows.jsonl")}, engine={"device": "cpu"},
-        method={"name": "bench.filled_lora.FilledLoRA", "r": work.R, "lora_alpha": work.ALPHA},
-        train={"rows_per_step": len(rows)}, output_dir=str(directory / "run"),
-    )  # fmt: skip
-    made = assemble(recipe)
-    batches = made.stream.step(0)
-    assert sum(batch.tokens for batch in batches) == LENGTH * len(rows)
-    weight, total = sum(made.objective.weight(batch) for batch in batches), 0.0
-    for batch in batches:
-        loss = made.objective.loss(Scored(made.trunk.logprobs(batch)), batch, None).total / weight
-        loss.backward()
-        total += loss.item()
+
+def gradients_of(model: Any, method: str, tensors: Any) -> dict[str, Tensor]:
+    """By the names of the file: each parameter is overwritten with its gradient, then named as it would be saved."""
     with torch.no_grad():
-        for parameter in made.loaded.model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(parameter.grad)
-    return total, made.method.tensors(made.loaded.model)
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    named: dict[str, Tensor] = tensors(model)
+    return {name: tensor.detach() for name, tensor in named.items()}
 
 
-def _peft(model: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), work.lora_config())
-    work.fill_adapter(work.peft_tensors(wrapped))
-    return wrapped.train()
+def theirs(model: Any, method: str) -> dict[str, Tensor]:
+    return gradients_of(model, method, work.peft_tensors if method == "lora" else lambda m: dict(m.state_dict()))
 
 
-def _compare(ours: tuple[float, dict[str, Tensor]], loss: float, theirs: Any) -> None:
-    assert ours[0] == pytest.approx(loss, abs=1e-5)
-    gradients = {name: parameter.grad for name, parameter in work.peft_tensors(theirs).items()}
-    assert gradients.keys() == ours[1].keys() and len(gradients) == 2 * 7 * 2
+def compare(mine: tuple[float, dict[str, Tensor]], loss: float, gradients: dict[str, Tensor]) -> None:
+    assert mine[0] == pytest.approx(loss, abs=1e-5)
+    assert gradients.keys() == mine[1].keys() and len(gradients) > 20
     for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=name)
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(mine[1][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()), msg=name)
 
 
-def test_loss_and_gradients_are_those_of_peft(model: Path, rows: list[work.Row], tmp_path: Path) -> None:
-    theirs = _peft(model)
-    loss = row_losses(theirs, rows) / sum(len(row.ids) - row.prompt for row in rows)
-    loss.backward()
-    _compare(_ours(model, rows, tmp_path), loss.item(), theirs)
+@pytest.mark.parametrize(("method", "objective"), CASES)
+def test_loss_and_gradients_are_those_of_trl(model: Path, tmp_path: Path, method: str, objective: str) -> None:
+    pytest.importorskip("trl")
+    told = settings(model, tmp_path, method, objective)
+    from transformers import TrainerCallback
 
-
-def test_loss_and_gradients_are_those_of_trl(model: Path, rows: list[work.Row], tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=len(rows), use_cpu=True, bf16=False,
-        gradient_checkpointing=False, completion_only_loss=True, report_to=[], max_length=work.LONGEST,
-        train_sampling_strategy="sequential",
-    )  # fmt: skip
-    masked = [
-        {"input_ids": list(row.ids), "completion_mask": [0] * row.prompt + [1] * (len(row.ids) - row.prompt)}
-        for row in rows
-    ]
-    trainer = trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=arguments,
-        train_dataset=Dataset.from_list(masked), processing_class=work.make_tokenizer(VOCABULARY),
-        peft_config=work.lora_config(),
-    )  # fmt: skip
-    work.fill_adapter(work.peft_tensors(trainer.model))
+    trainer = (trl_sft if objective == "sft" else trl_dpo).make(told, TrainerCallback())
+    if method == "lora":
+        work.fill_adapter(work.peft_tensors(trainer.model))
     loss = trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
     loss.backward()
-    _compare(_ours(model, rows, tmp_path), loss.item(), trainer.model)
+    compare(ours(told), loss.item(), theirs(trainer.model, method))
+
+
+@pytest.mark.parametrize(("method", "objective"), CASES)
+def test_loss_and_gradients_are_those_of_the_bare_loop(
+    model: Path, tmp_path: Path, method: str, objective: str
+) -> None:
+    told = settings(model, tmp_path, method, objective)
+    loop = bare_loop.Loop(told)
+    if objective == "sft":
+        rows = work.rows_of(told)
+        loss = bare_loop.row_losses(loop.model, rows) / sum(len(row.ids) - row.prompt for row in rows)
+    else:
+        pairs = work.make_pairs(ROWS, told["vocabulary"], longest=told["longest"])
+        loss = bare_dpo.dpo_loss(
+            bare_dpo.answer_logprobs(loop.model, pairs), bare_dpo.reference(loop.model, pairs)
+        )  # fmt: skip
+    loss.backward()
+    compare(ours(told), loss.item(), theirs(loop.model, method))
