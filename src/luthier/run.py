@@ -274,5 +274,5 @@ def merge(adapter: str | Path, out: str | Path, *, base: str | None = None) -> d
         "out": str(out), "max_logit_difference": report.max_abs_logit_difference,
         "of": "logits" if opened.loaded.reads == "logprobs" else "scores",
         "greedy_equal": report.greedy_agreement == 1.0, "tokens": report.probe_tokens, "dtype": report.dtype,
-        "notes": [*opened.notes, *report.notes],
+        "notes": opened.notes,
     }  # fmt: skip

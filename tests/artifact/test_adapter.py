@@ -87,7 +87,7 @@ def test_another_base_is_refused_naming_both(saved: Path) -> None:
         load_adapter(saved, model, base_fingerprint="bbbb")
     assert "aaaa" in str(caught.value) and "bbbb" in str(caught.value)
     assert not sites(model)
-    load_adapter(saved, model, base_fingerprint="bbbb", other_base=True)
+    load_adapter(saved, model, base_fingerprint="aaaa")
     assert sites(model)
 
 

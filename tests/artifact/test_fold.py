@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from luthier.artifact.adapter import load_adapter, save_adapter
-from luthier.artifact.fold import fold, merge_adapter
+from luthier.artifact.fold import fold
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
@@ -40,7 +40,7 @@ def test_a_live_model_folds_and_says_what_changed(family: str) -> None:
     torch.testing.assert_close(logits(model), tuned, atol=1e-5, rtol=1e-4)
     assert 0 <= report.max_abs_logit_difference < 1e-4 < report.max_abs_logit
     assert (report.greedy_agreement, report.probe_tokens, report.dtype) == (1.0, 8, "float32")
-    assert report.record()["tolerance"] == 1e-4
+    assert report.tolerance == 1e-4
 
 
 def test_the_difference_is_the_one_of_the_probe() -> None:
@@ -98,8 +98,8 @@ def test_what_cannot_merge_says_why(tmp_path: Path) -> None:
     method, model = adapted(lora_bias=True)
     save_adapter(tmp_path / "a", method, model, base_path="b")
     with pytest.raises(NotMergeable, match="no bias"):
-        merge_adapter(tmp_path / "a", base("llama"), tmp_path / "out", save=lambda m, d: pytest.fail("written"))
-    assert not (tmp_path / "out").exists()
+        fold(load_adapter(tmp_path / "a", fresh := base("llama")), fresh)
+    assert sites(fresh)
 
 
 def test_a_real_model_adapter_to_merged_directory_and_back(shared_data, tmp_path: Path) -> None:
@@ -112,15 +112,9 @@ def test_a_real_model_adapter_to_merged_directory_and_back(shared_data, tmp_path
     save_adapter(tmp_path / "a", method, loaded.model, base_path=section.path, base_fingerprint=loaded.fingerprint)
     tokens = torch.tensor([loaded.tokenizer("Once upon a time there was a cat.").input_ids])
     tuned, fresh = logits(loaded.model, tokens), load()
-    report = merge_adapter(
-        tmp_path / "a",
-        fresh.model,
-        tmp_path / "merged",
-        save=lambda model, out: save_whole(model, fresh.tokenizer, fresh.tokenizer.chat_template, out),
-        probe=tokens.tolist(),
-        base_fingerprint=fresh.fingerprint,
-    )
-    assert report.directory == str(tmp_path / "merged")
+    method = load_adapter(tmp_path / "a", fresh.model, base_fingerprint=fresh.fingerprint)
+    report = fold(method, fresh.model, probe=tokens.tolist())
+    save_whole(fresh.model, fresh.tokenizer, fresh.tokenizer.chat_template, tmp_path / "merged")
     assert report.greedy_agreement == 1.0
     again = load_model(ModelSection(path=str(tmp_path / "merged")), dtype=torch.float32)
     torch.testing.assert_close(logits(again.model, tokens), tuned, atol=1e-4, rtol=1e-4)

@@ -19,7 +19,7 @@ from luthier.contracts.record import Chat, Completion, Text
 from luthier.data.encode import Encoder, split
 from luthier.data.ledger import Dropped
 from luthier.data.template import Template, open_template
-from luthier.data.tokens import check_atomic, stop_ids
+from luthier.data.tokens import check_atomic
 
 
 @dataclass
@@ -262,10 +262,3 @@ def test_a_control_string_that_only_some_rows_reach_is_found_there() -> None:
     row = Chat([{"role": "user", "content": "Q", "name": "x"}, {"role": "assistant", "content": "a"}], SOURCE)
     with pytest.raises(DataError, match=r'rare.*model.add_tokens: \["<|named|>"\]'.replace("|", r"\|")):
         encoding.samples(row)
-
-
-def test_stop_ids_of_tokenizer_and_generation_config() -> None:
-    tokenizer = tokenizer_for(template("chatml"))
-    eos = tokenizer.eos_token_id
-    assert stop_ids(tokenizer) == (eos,)
-    assert stop_ids(tokenizer, 7) == stop_ids(tokenizer, [7, eos]) == (7, eos)

@@ -10,7 +10,7 @@ import pytest
 from data.families import GOLD, SOURCE, STRINGS, TEMPLATES, chat, template, tokenizer_for, trained
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
-from luthier.data.mask import Masker, mask_chat
+from luthier.data.mask import Masker
 from luthier.data.policy import MaskPolicy, message_weights
 from luthier.data.template import Template
 
@@ -178,7 +178,7 @@ def test_refused_by_name_with_the_reason(reason: str) -> None:
     text, messages = REFUSED[reason]
     made = Template(text, STRINGS, "the-template")
     with pytest.raises(DataError) as caught:
-        mask_chat(made, tokenizer_for(made), Chat(messages, SOURCE))
+        Masker(made, tokenizer_for(made)).mask(Chat(messages, SOURCE))
     line = caught.value.line()
     assert reason in line and "rows.jsonl:7" in line and "\n" not in line
     assert reason == "unknown role" or "the-template" in line

@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import SOURCE, TEMPLATES, chat
+from data.reading import read_file
 from data.test_encode import CHATML, FILLED, LLAMA3, Mask, encoder
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Sample
 from luthier.data.encode import Encoder
 from luthier.data.kinds import check_kind
-from luthier.data.ledger import Dropped, Ledger
+from luthier.data.ledger import Dropped
 from luthier.data.pack import collate, unpack
 from luthier.data.pairs import sides
-from luthier.data.prepare import prepare, read_records
+from luthier.data.prepare import prepare
 from luthier.recipe.recipe import DataSection, DataSource
 
 
@@ -242,7 +243,7 @@ def test_prepare_splits_counts_and_refuses_pairs(tmp_path: Path) -> None:
      ("llamafactory/v1_dpo_demo.jsonl", 10), ("torchtune/stack_exchange_paired_tiny.json", 25)],
 )  # fmt: skip
 def test_real_files_encode(shared_data: Callable[[str], Path], name: str, rows: int) -> None:
-    records = list(read_records([DataSource(path=str(shared_data(f"raw/{name}")))], Ledger()))[:rows]
+    records = read_file(shared_data(f"raw/{name}")).train_records[:rows]
     made = encoder(max_tokens=100_000)
     assert len(records) == rows
     for record in records:

@@ -15,7 +15,7 @@ from luthier.contracts.errors import DataError, Errors
 from luthier.contracts.record import Completion, Piece, Record, Sample
 from luthier.data.ledger import Dropped, Ledger
 from luthier.data.order import key, keys
-from luthier.data.prepare import Prepared, fingerprint, prepare, read_records
+from luthier.data.prepare import Prepared, fingerprint, prepare
 from luthier.recipe.recipe import DataSection, DataSource
 
 
@@ -187,11 +187,3 @@ def test_an_unbalanced_ledger_is_noticed() -> None:
     ledger.account("a", "train").read += 1
     with pytest.raises(AssertionError, match="read 1, kept 0"):
         ledger.to_json()
-
-
-def test_read_records_counts_too(tmp_path: Path) -> None:
-    ledger = Ledger()
-    path = write(tmp_path / "a.jsonl", [pair(1), "{", pair(2)])
-    found = list(read_records((DataSource(path=path),), ledger, bad_rows="quarantine"))
-    assert [record.source.line for record in found] == [1, 3]
-    assert ledger.summary().splitlines()[0].startswith("3 rows read = 2 kept + 1 ")

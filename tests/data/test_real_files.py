@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data.reading import read_file
 from luthier.contracts.errors import DataError
-from luthier.data.ledger import Ledger
-from luthier.data.prepare import read_records
-from luthier.recipe.recipe import DataSource
 
 FILES = {
     "axolotl/alpaca_alpaca.json": ("Chat", 2),
@@ -40,28 +38,27 @@ NOT_OURS = ["fastchat/mt_bench_question.jsonl", "self_instruct/seed_tasks.jsonl"
 
 @pytest.mark.parametrize("name", FILES)
 def test_it_is_read_whole(shared_data: Callable[[str], Path], name: str) -> None:
-    ledger = Ledger()
-    found = list(read_records([DataSource(path=str(shared_data(f"raw/{name}")))], ledger))
+    prepared = read_file(shared_data(f"raw/{name}"))
+    found, ledger = prepared.train_records, prepared.ledger
     ledger.assert_balanced()
     assert ({type(record).__name__ for record in found}, len(found)) == ({FILES[name][0]}, FILES[name][1])
     assert ledger.total("read") == ledger.total("kept") == len(found)
 
 
 def test_tool_calls_of_a_real_file_are_objects(shared_data: Callable[[str], Path]) -> None:
-    path = str(shared_data("raw/llamafactory/glaive_toolcall_en_demo.json"))
-    found = list(read_records([DataSource(path=path)], Ledger()))
+    found = read_file(shared_data("raw/llamafactory/glaive_toolcall_en_demo.json")).train_records
     calls = [call for chat in found for message in chat.messages for call in message.get("tool_calls", ())]
     assert len(calls) == 211 and all(isinstance(call["function"]["arguments"], dict) for call in calls)
     assert any(chat.tools for chat in found)
 
 
 def test_an_empty_answer_is_named(shared_data: Callable[[str], Path]) -> None:
-    path = str(shared_data("raw/axolotl/conversation.missingturns.json"))
+    path = shared_data("raw/axolotl/conversation.missingturns.json")
     with pytest.raises(DataError, match=r"empty content — .*json:1:conversations\[1\]\.value"):
-        list(read_records([DataSource(path=path)], Ledger()))
+        read_file(path)
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
 def test_rows_of_another_kind_are_refused_by_their_columns(shared_data: Callable[[str], Path], name: str) -> None:
     with pytest.raises(DataError, match="no known format has these columns"):
-        list(read_records([DataSource(path=str(shared_data(f"raw/{name}")))], Ledger()))
+        read_file(shared_data(f"raw/{name}"))

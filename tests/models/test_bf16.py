@@ -10,7 +10,7 @@ from luthier.contracts.batch import Batch
 from luthier.engine.precision import resolve_precision, settle
 from luthier.models.head import find_head_map
 from luthier.models.probe import probe_batch
-from luthier.models.shapes import linear_paths
+from luthier.models.shapes import shapes_of
 from luthier.models.trunk import Trunk, TrunkFacts
 from tiny_families import family
 
@@ -38,7 +38,7 @@ def scored(model: nn.Module, batch: Batch, name: str, path: str = "forest") -> t
 def opened(name: str) -> nn.Module:
     """One linear of the first layer trains: the gradient comes through the whole bfloat16 model."""
     model = family(name).requires_grad_(False)
-    model.get_submodule(linear_paths(model)[0]).weight.requires_grad_()
+    model.get_submodule(shapes_of(model).linears[0].path).weight.requires_grad_()
     return model
 
 

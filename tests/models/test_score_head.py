@@ -19,7 +19,7 @@ from luthier.models import cut
 from luthier.models.load import Loaded, load_model, save_whole
 from luthier.models.probe import open_trunk
 from luthier.models.score_head import as_causal, check_head, padding_of, score_head
-from luthier.models.shapes import linear_paths, shapes_of
+from luthier.models.shapes import shapes_of
 from luthier.models.switch import native_attention
 from luthier.recipe.recipe import ModelSection
 from models.sweep import build
@@ -130,7 +130,8 @@ def test_padding_is_a_token_that_ends_no_row() -> None:
 def test_the_head_is_no_linear_of_the_body(tmp_path: Path) -> None:
     model = reward_model(directory(tmp_path)).model
     assert shapes_of(model).head == "score"
-    assert all("score" not in path for path in linear_paths(model)) and len(linear_paths(model)) == 14
+    paths = [linear.path for linear in shapes_of(model).linears]
+    assert all("score" not in path for path in paths) and len(paths) == 14
 
 
 def test_the_twin_has_the_very_decoder_and_leaves_it_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.models.shapes import linear_paths, shapes_of
+from luthier.models.shapes import shapes_of
 from tiny import tiny
 from tiny_families import family
 
@@ -15,7 +15,8 @@ def test_llama() -> None:
     assert shapes.layers == ("model.layers.0", "model.layers.1")
     assert shapes.layers_pattern == "model.layers"
     assert shapes.uncovered_share == 0
-    leaves = {path.rsplit(".", 1)[1] for path in linear_paths(tiny("llama"))}
+    paths = [linear.path for linear in shapes.linears]
+    leaves = {path.rsplit(".", 1)[1] for path in paths}
     assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(shapes.linears) == 14
 

@@ -108,16 +108,16 @@ def read_adapter(directory: str | Path) -> AdapterFile:
 
 
 def load_adapter(
-    directory: str | Path, model: nn.Module, *, base_fingerprint: str | None = None, other_base: bool = False,
+    directory: str | Path, model: nn.Module, *, base_fingerprint: str | None = None,
     notes: list[str] | None = None,
 ) -> Method:  # fmt: skip
     """Attach the adapter of a directory to a bare base. Notes go to `notes`, or out as warnings."""
     file = read_adapter(directory)
-    if base_fingerprint and file.base_fingerprint not in (None, base_fingerprint) and not other_base:
+    if base_fingerprint and file.base_fingerprint not in (None, base_fingerprint):
         raise ModelError(
             f"the adapter was made for another base ({file.base_path})", where=str(directory),
             value=f"{file.base_fingerprint} in the adapter, {base_fingerprint} loaded",
-            remedy="load its own base, or ask for another base on purpose",
+            remedy="load its own base",
         )  # fmt: skip
     _check_head(file, model)
     method = _method_of(file)

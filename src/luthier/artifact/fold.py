@@ -9,19 +9,15 @@ logits. Left out: quantised bases (merge into the full-precision one), requantis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from luthier.artifact.adapter import load_adapter
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
-from luthier.models.replace import replace_directory
 from luthier.models.score_head import every_output
 from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
@@ -32,7 +28,7 @@ _RANDOM_ROWS, _RANDOM_TOKENS = 4, 32
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What folding changed on the probe rows, and where the merged model lies."""
+    """What folding changed on the probe rows."""
 
     max_abs_logit_difference: float
     max_abs_logit: float
@@ -40,11 +36,6 @@ class FoldReport:
     probe_tokens: int
     tolerance: float  # the difference may be this share of the largest logit
     dtype: str
-    notes: tuple[str, ...] = ()
-    directory: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fold(
@@ -70,24 +61,6 @@ def fold(
             remedy="merge in float32 (model.dtype), or give a larger tolerance on purpose",
         )
     return report
-
-
-def merge_adapter(
-    adapter: str | Path,
-    model: nn.Module,
-    out: str | Path,
-    *,
-    save: Callable[[nn.Module, Path], object],
-    probe: Sequence[Sequence[int]] = (),
-    base_fingerprint: str | None = None,
-) -> FoldReport:
-    """Load an adapter on its bare base, fold it, and let `save` write the whole model; the directory is atomic."""
-    notes: list[str] = []
-    method = load_adapter(adapter, model, base_fingerprint=base_fingerprint, notes=notes)
-    report = fold(method, model, probe=probe)
-    with replace_directory(Path(out)) as fresh:
-        save(model, fresh)
-    return FoldReport(**{**asdict(report), "notes": tuple(notes), "directory": str(out)})
 
 
 def _random_rows(model: nn.Module) -> list[list[int]]:

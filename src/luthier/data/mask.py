@@ -286,10 +286,3 @@ _PROBE_TOOLS = (
     }}},
 )  # fmt: skip
 _NO_HABITS = Habits("", "", frozenset(), frozenset(), "", "")
-
-
-def mask_chat(
-    template: Template, tokenizer: Any, chat: Chat, policy: MaskPolicy | None = None, stop_ids: Sequence[int] = ()
-) -> Masked:
-    """One conversation; a run makes one `Masker` and keeps it."""
-    return Masker(template, tokenizer, policy, stop_ids).mask(chat)

@@ -11,7 +11,7 @@ their order or file, and two equal rows are never parted between training and ev
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -121,22 +121,6 @@ def prepare(
         ledger=ledger,
         fingerprint=fingerprint(section),
     )
-
-
-def read_records(
-    sources: Sequence[DataSource], ledger: Ledger, *, use: str = "train", bad_rows: str = "strict"
-) -> Iterator[Record]:
-    """The records of some sources without encoding them (evaluation, looking at data); kept ones are counted."""
-    faults = Faults()
-    for spec in sources:
-        for path in expand(spec.path, spec.split):
-            account = ledger.account(path, use)
-            bad = _Bad(bad_rows, ledger, account, faults)
-            for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
-                account.read += 1
-                account.kept += 1
-                yield record
-    faults.raise_all()
 
 
 def fingerprint(section: DataSection) -> str:

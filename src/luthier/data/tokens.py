@@ -1,4 +1,4 @@
-"""Control strings and stop tokens: what must be one token, and where generation ends.
+"""Control strings of a chat template: what must be one token of the tokenizer.
 
 A chat template writes turns with strings such as `<|im_start|>`. If the tokenizer does not know such a string as
 one added token, it falls into pieces, the model never sees a turn boundary, and text in a row can forge one. Rule:
@@ -54,16 +54,3 @@ def not_atomic(missing: Sequence[str], where: str) -> DataError:
         "control strings of the chat template are not single tokens of the tokenizer", where=where,
         value=", ".join(missing), remedy=f"model.add_tokens: {json.dumps(list(missing), ensure_ascii=False)}",
     )  # fmt: skip
-
-
-def stop_ids(tokenizer: Any, generation_ids: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Tokens at which generation ends: those of the generation config, and the tokenizer's eos."""
-    if generation_ids is None:
-        given: list[int] = []
-    elif isinstance(generation_ids, int):
-        given = [generation_ids]
-    else:
-        given = [int(index) for index in generation_ids]
-    if tokenizer.eos_token_id is not None:
-        given.append(int(tokenizer.eos_token_id))
-    return tuple(dict.fromkeys(given))

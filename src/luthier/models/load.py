@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from luthier.recipe.recipe import ModelSection
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,6 @@ def load_model(
         reads=reads,
         new_head=reads == "scores" and not saved_with_score,
     )
-
-
-def checkpoint_dtype(path: str, revision: str | None = None) -> torch.dtype:
-    """The dtype that the configuration says its weights are stored in; float32 where it says nothing."""
-    config = read_json(find_directory(path, revision) / "config.json")
-    named = [part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
-    return next((_DTYPES[name] for name in named if name in _DTYPES), torch.float32)
 
 
 def _model(

@@ -83,11 +83,6 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return score_head(model) if asked is None else asked
 
 
-def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of every linear but the head."""
-    return [linear.path for linear in shapes_of(model).linears]
-
-
 def decoder_layers(model: nn.Module) -> tuple[str | None, list[str]]:
     """(path of the list, paths of its layers): the list as long as the text model is deep, else the longest."""
     config = model.config.get_text_config() if hasattr(model, "config") else None
