@@ -3,7 +3,7 @@
 train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
 dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
 load       a run, adapter or model, ready to use    generate, reply         answers
-evaluate   loss, perplexity, exact match            merge                   an adapter into its base
+evaluate   loss, perplexity, exact match, ranking   merge                   an adapter into its base
 """
 
 from __future__ import annotations

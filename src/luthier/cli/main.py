@@ -29,7 +29,7 @@ VERBS: dict[str, str] = {
     "data": "Rows as the model sees them: show, check.",
     "generate": "One answer from a model, an adapter or a run.",
     "chat": "Talk to one or several targets side by side.",
-    "evaluate": "Loss, perplexity and exact match on a file.",
+    "evaluate": "Loss, perplexity and exact match on a file; pairs ranked right.",
     "merge": "Fold an adapter into its base model.",
     "runs": "Runs on disk: ls, show.",
     "recipes": "Recipes that come along: ls, cp.",
