@@ -10,6 +10,7 @@ import pytest
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Source
 from luthier.data.detect import named, pick
+from luthier.data.pairs import prompt_length
 
 AT = Source("pairs.jsonl", 4)
 ASKED = {"role": "user", "content": "q"}
@@ -176,3 +177,16 @@ def test_wrong_rows_are_named_by_field(row: dict[str, Any], field: str, says: st
 def test_a_label_that_means_something_else_is_read_by_naming_the_format() -> None:
     row = {"messages": [ASKED, GOOD], "label": "sports"}
     assert isinstance(named("messages").read(row, AT), Chat)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_the_common_prompt_of_conversations_is_that_of_trl(turns: int) -> None:
+    data_utils = pytest.importorskip("trl.data_utils", reason="trl is the oracle of the common prompt")
+    before = [message for i in range(turns - 1) for message in ({**ASKED, "content": f"q{i}"}, GOOD)]
+    row = {"chosen": [SYSTEM, *before, ASKED, GOOD], "rejected": [SYSTEM, *before, ASKED, BAD]}
+    theirs, ours = data_utils.maybe_extract_prompt(row), read(row)
+    prompt = len(theirs["prompt"])
+    assert prompt_length(ours.chosen.messages, ours.rejected.messages) == prompt == 2 * turns
+    for side in ("chosen", "rejected"):
+        messages = list(getattr(ours, side).messages)
+        assert (messages[:prompt], messages[prompt:]) == (theirs["prompt"], theirs[side])

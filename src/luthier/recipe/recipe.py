@@ -140,7 +140,9 @@ class TrainSection(Section):
         unit="rows", gt=0,
     )  # fmt: skip
     microbatch_tokens: Literal["auto"] | Annotated[int, Strict(), Field(gt=0)] = _field(
-        "auto", "Tokens computed at once; lower it to save memory, the result stays the same.", unit="tokens"
+        "auto",
+        "Tokens computed at once, give or take 5 %; lower it to save memory, the result stays the same.",
+        unit="tokens",
     )
     schedule: Schedule = _field("cosine", "Course of the learning rate after warm-up; constant for short probes.")
     warmup_ratio: Share = _field(0.03, "Share of the steps in which the rate rises from zero.", unit="share")
