@@ -45,16 +45,9 @@ def assert_same(case: Case, one: list[list[Sample]], two: list[list[Sample]]) ->
 
 
 @each
-def test_the_split_into_microbatches_changes_nothing(case: Case) -> None:
+def test_neither_microbatches_nor_the_order_of_rows_change_anything(case: Case) -> None:
     samples = case.rows(8)
-    assert_same(case, [samples], [[sample] for sample in samples])
-    assert_same(case, [samples], [samples[:3], samples[3:]])
-
-
-@each
-def test_the_order_of_rows_changes_nothing(case: Case) -> None:
-    samples = case.rows(8)
-    assert_same(case, [samples], [samples[::-1]])
+    assert_same(case, [samples], [[sample] for sample in samples[::-1]])
 
 
 @each
@@ -106,7 +99,7 @@ def test_zero_weight_silences_even_an_impossible_token(case: Case) -> None:
 
 @each
 def test_gradient_check(case: Case) -> None:
-    samples = case.rows(4, weights=(0.5, 1.0, 2.0))
+    samples = case.rows(5, weights=(0.5, 1.0, 2.0))[2:]
     batch, table = collate(samples), Table(samples, torch.float64)
     stats = case.objective.prepare([batch], table.beforehand(case.objective, samples))
     out = table.scored(case.objective, batch)
