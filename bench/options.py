@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def parser(name: str, words: str, *, steps: int = 5, rows: int = 8, model: str =
     return made
 
 
-def with_systems(made: argparse.ArgumentParser, names: list[str]) -> None:
-    made.add_argument("--systems", nargs="+", choices=names, default=names)
+def with_systems(made: argparse.ArgumentParser, names: list[str], asked: Sequence[str] = ()) -> None:
+    """`names` race unless told otherwise; `asked` only where they are named."""
+    made.add_argument("--systems", nargs="+", choices=[*names, *asked], default=names)
 
 
 def write(out: Path, name: str, result: dict[str, Any], table: str) -> None:

@@ -19,12 +19,9 @@ from typing import Any
 
 from bench import conditions, race, work
 
-# glibc hands large blocks back to the system after each use; these keep them, which spares page faults.
-KEEPS_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+# glibc maps large blocks anew for each use, and each first touch of a page is a fault; these keep them in one heap.
+# (Its MALLOC_MMAP_THRESHOLD_ would be the milder word, but it ignores values beyond 32 MB.)
+KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_ARENA_MAX": "1"}
 MODULE = "bench.rivals.trl_sft"
 # name -> (settings of the worker, environment, whether a step holds the same rows)
 CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, str], bool]] = {

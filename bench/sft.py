@@ -12,6 +12,8 @@ best that do the same work are what `trl_best` and `trl_second` are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bench import options, search
 from bench.race import LUTHIER, Entry
 from bench.side_by_side import Bout, measure
@@ -32,11 +34,17 @@ BARE_HALVES = Entry(
     settings={"rows_per_batch": 4},
 )  # fmt: skip
 SYSTEMS = {"luthier": LUTHIER, "trl": DOCUMENTED, "trl_best": BEST, "trl_second": SECOND, "bare": BARE}
+# Not raced unless named: what the allocator's setting alone does for the others.
+ASKED = {
+    "luthier_kept": replace(LUTHIER, title="Luthier, memory kept by the allocator", environment=search.KEEPS_MEMORY),
+    "bare_kept": replace(BARE, title="transformers + PEFT, bare loop, memory kept by the allocator",
+                         environment=search.KEEPS_MEMORY),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("sft", __doc__)
-    options.with_systems(parser, list(SYSTEMS))
+    options.with_systems(parser, list(SYSTEMS), list(ASKED))
     parser.add_argument("--search", action="store_true", help="try TRL's settings instead of racing")
     parser.add_argument("--candidates", nargs="+", choices=list(search.CANDIDATES), default=list(search.CANDIDATES))
     parsed = parser.parse_args(arguments)
@@ -44,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.write(parsed.out, f"search-{parsed.model}", *search.run(parsed))
         return
     halves = {"bare": BARE_HALVES} if parsed.model == "s128k" else {}
-    bout = Bout(bench="sft", title=f"LoRA fine-tuning on a CPU ({parsed.model})", entries={**SYSTEMS, **halves})
+    bout = Bout(
+        bench="sft", title=f"LoRA fine-tuning on a CPU ({parsed.model})", entries={**SYSTEMS, **ASKED, **halves}
+    )
     result = measure(bout, parsed)
     options.write(parsed.out, f"sft-{parsed.model}", result, race_page(result))
 
