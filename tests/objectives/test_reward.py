@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.objective import Scored
-from luthier.contracts.record import Sample
+from luthier.contracts.record import Sample, Source
+from luthier.data.encode import Encoder
+from luthier.data.formats import preference
 from luthier.data.pack import collate
+from luthier.data.template import open_template
 from luthier.methods.lora import LoRA
 from luthier.models.load import Loaded, load_model, save_whole
 from luthier.models.peft_names import live
 from luthier.models.probe import open_trunk
 from luthier.objectives.reward import Reward, reward_loss
-from luthier.recipe.recipe import ModelSection
+from luthier.recipe.recipe import DataSection, ModelSection
 from objectives.rig import rows
 from tiny import tiny, tiny_tokenizer
 
@@ -101,6 +104,34 @@ def trainer_of(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         )  # fmt: skip
 
     return make
+
+
+ROWS = {
+    "messages": {
+        "prompt": [{"role": "user", "content": "Capital of France?"}],
+        "chosen": [{"role": "assistant", "content": "Paris."}],
+        "rejected": [{"role": "assistant", "content": "Lyon, I say."}],
+    },
+    "texts": {"prompt": "Capital of France? ", "chosen": "Paris.", "rejected": "Lyon."},  # TRL appends the eos
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", ROWS)
+def test_the_ids_of_a_row_are_those_of_trl(shape: str, base: Path, tmp_path: Path) -> None:
+    """Prompt and answer as one path, up to the very token that the score is read at."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    tokenizer, model = tiny_tokenizer(), ours(base).model
+    arguments = trl.RewardConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    rows_of_trl = Dataset.from_list([ROWS[shape]])
+    trainer = trl.RewardTrainer(model=model, args=arguments, train_dataset=rows_of_trl, processing_class=tokenizer)
+    encoder = Encoder(tokenizer, open_template(None, tokenizer), DataSection(train=({"path": "-"},)), (260,))
+    (sample,) = encoder.samples(preference.read(ROWS[shape], Source("row", 1)))
+    for name, place in zip(("chosen_ids", "rejected_ids"), sample.sequences, strict=True):
+        ids = [int(token) for piece in (0, place) for token in sample.pieces[piece].tokens]
+        assert ids == trainer.train_dataset[0][name]
 
 
 def ours(base: Path) -> Loaded:
