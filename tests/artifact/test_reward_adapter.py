@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.artifact.adapter import load_adapter, save_adapter
-from luthier.artifact.fold import fold, merge_adapter
+from luthier.artifact.fold import fold
 from luthier.contracts.errors import ModelError, NumericError
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
@@ -85,8 +85,9 @@ def test_a_merge_is_measured_on_scores(base: Path, tmp_path: Path) -> None:
     report = fold(method, model)
     assert 0 <= report.max_abs_logit_difference < 1e-5 and report.max_abs_logit > 0 and not sites(model)
     torch.testing.assert_close(scores(model), tuned, rtol=1e-5, atol=1e-6)
-    merge_adapter(tmp_path / "adapter", reward(base, seed=9), tmp_path / "merged",
-                  save=lambda made, where: save_whole(made, tiny_tokenizer(), None, where))  # fmt: skip
+    other = reward(base, seed=9)
+    fold(load_adapter(tmp_path / "adapter", other), other)
+    save_whole(other, tiny_tokenizer(), None, tmp_path / "merged")
     again = load_model(ModelSection(path=str(tmp_path / "merged")), dtype=torch.float32, reads="saved")
     assert again.reads == "scores" and not again.new_head
     torch.testing.assert_close(scores(again.model), tuned, rtol=1e-5, atol=1e-6)
