@@ -30,6 +30,7 @@ from luthier.engine.gate import GateFailure, run_gate
 from luthier.engine.journal import summary
 from luthier.engine.plot import draw_loss
 from luthier.engine.task import Outcome
+from luthier.engine.threads import machine
 from luthier.models.load import save_tokenizer, save_whole
 from luthier.models.replace import sweep_beside
 from luthier.recipe.document import dump
@@ -63,12 +64,16 @@ def _write_beginning(work: Assembled, directory: Path) -> None:
 
 
 def _environment(work: Assembled) -> dict[str, Any]:
-    packages, template = ("torch", "transformers", "tokenizers", "safetensors", "numpy"), work.encoder.template
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    trunk, template, cuda = work.trunk, work.encoder.template, work.device.type == "cuda"
     return {
         "luthier": luthier.__version__, "python": platform.python_version(), "platform": platform.platform(),
-        **{name: version(name) for name in packages}, "device": str(work.device), "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(), "precision": work.precision.name, "path": work.trunk.path,
-        "path_reason": work.trunk.reason, "template_date": template.now.isoformat() if template else None,
+        **{name: version(name) for name in packages}, **machine(), "device": str(work.device),
+        "device_name": torch.cuda.get_device_name(work.device) if cuda else platform.processor(),
+        "precision": work.precision.name, "path": trunk.path, "path_reason": trunk.reason,
+        "kernel": trunk.facts.kernel, "last_layer": trunk.facts.last_layer, "head": trunk.head,
+        "reference": type(work.reference).__name__ if work.reference else None,
+        "template_date": template.now.isoformat() if template else None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 

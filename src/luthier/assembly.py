@@ -30,6 +30,7 @@ from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
 from luthier.engine.strategy.in_backward import check_in_backward
 from luthier.engine.task import Reference, Run
+from luthier.engine.threads import settle_threads
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
 from luthier.models.shapes import Shapes, shapes_of
@@ -77,8 +78,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
         check_in_backward(method, recipe.train.max_grad_norm)
     device = resolve_device(recipe.engine.device)
     precision = _precision(recipe, device)
-    if recipe.engine.threads != "auto":
-        torch.set_num_threads(int(recipe.engine.threads))
+    settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)
     notes: list[str] = []
     encoder = encoder_of(recipe, text, notes, now)
