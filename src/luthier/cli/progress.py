@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -175,8 +176,7 @@ def sentence(event: Event) -> str:
         rows = ", ".join(event.rows[:3]) + (" ..." if len(event.rows) > 3 else "")
         return f"step {event.step} skipped: {event.reason}; rows {rows}"
     if isinstance(event, Evaluated):
-        right = event.metrics.get("rewards/accuracies")
-        ranked = "" if right is None else f"  ranked right {right:.3f}"
+        ranked = _ranked(event.metrics)
         return f"step {event.step}  eval_loss {event.eval_loss:.4f}{ranked}  ({event.scored_tokens:,} tokens)"
     if isinstance(event, Saved):
         return f"step {event.step}  saved {event.checkpoint}"
@@ -189,7 +189,15 @@ def sentence(event: Event) -> str:
 
 def _numbers(event: StepDone, course: Course) -> str:
     speed, left = course.tokens_per_second, _clock(course.seconds_left)
-    return f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {speed:,.0f} tok/s  left {left}"
+    return (
+        f"loss {event.loss:.4f}{_ranked(event.metrics)}  lr {event.learning_rate:.2e}  {speed:,.0f} tok/s  left {left}"
+    )
+
+
+def _ranked(metrics: Mapping[str, float]) -> str:
+    """Of an objective's numbers the one that fits a line: how many pairs are ranked right."""
+    right = metrics.get("rewards/accuracies")
+    return "" if right is None else f"  ranked right {right:.3f}"
 
 
 def _clock(seconds: float) -> str:

@@ -95,6 +95,8 @@ def summary(path: Path) -> dict[str, Any]:
         "first_loss": steps[0]["loss"] if steps else None,
         "final_loss": steps[-1]["loss"] if steps else None,
         "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "metrics": steps[-1].get("metrics", {}) if steps else {},
+        "eval_metrics": evaluations[-1].get("metrics", {}) if evaluations else {},
         "best_eval_loss": best["eval_loss"] if best else None,
         "best_step": best["step"] if best else None,
         "tokens": sum(row["tokens"] for row in steps),
