@@ -85,6 +85,7 @@ def main() -> None:
     found = results()
     PLOTS.mkdir(exist_ok=True)
     for name, result in found.items():
+        (RESULTS / f"{name}.md").write_text(PAGES[kind(result)](result), encoding="utf-8")
         if draw := plots.DRAW.get(kind(result)):
             (PLOTS / f"{name}.svg").write_text(plots.svg(draw, result, digest(result)), encoding="utf-8")
     (DOCS / "benchmarks.md").write_text(markdown(found), encoding="utf-8")

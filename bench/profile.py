@@ -2,9 +2,12 @@
 
 torch's profiler with shapes over a few steps; every op's own time is put into one category:
 
-    attention   scaled dot products        head       matrix products with a side of the vocabulary
-    adapter     ... with a side of rank R  base       the other matrix products
-    optimizer   AdamW and clipping         elementwise  the other arithmetic
+    head        all within the fused log-probabilities, forward and backward: products, exponentials, sums
+    attention   scaled dot products
+    adapter     matrix products with a side of rank R (or of a few adapters' ranks together)
+    base        the other matrix products
+    optimizer   AdamW and clipping
+    elementwise the other arithmetic
     other       copies, gathers, allocation, autograd and Python
 
 Writes bench/results/profile-MODEL.json and .md. Shares, not seconds: profiling slows everything a little.
@@ -67,19 +70,20 @@ def profile(settings: dict[str, Any]) -> dict[str, Any]:
             _step(inside, number)
     wall = time.perf_counter() - begin
     found = dict.fromkeys(CATEGORIES, 0.0)
-    largest = []
-    for event in seen.key_averages(group_by_input_shape=True):
-        took = event.self_cpu_time_total / 1e6
-        name = category(event.key, event.input_shapes, settings["vocabulary"])
+    ops: dict[tuple[str, str, str], float] = {}
+    for event in seen.events():
+        took, name = event.self_cpu_time_total / 1e6, category(event)
         found[name] += took
-        largest.append((took, name, event.key, str(event.input_shapes)[:90]))
+        key = (name, event.name, str(event.input_shapes)[:90])
+        ops[key] = ops.get(key, 0.0) + took
+    largest = sorted(((took, *key) for key, took in ops.items()), reverse=True)
     found["other"] += max(0.0, wall - sum(found.values()))
     whole = sum(found.values())
     return {
         "shares": {name: took / whole for name, took in found.items()},
         "largest": [
             {"share": took / whole, "category": name, "op": op, "shapes": shapes}
-            for took, name, op, shapes in sorted(largest, reverse=True)[:15]
+            for took, name, op, shapes in largest[:15]
         ],
     }  # fmt: skip
 
@@ -92,18 +96,20 @@ def _step(inside: Inside, number: int) -> None:
         inside.update()
 
 
-def category(op: str, shapes: list[Any], vocabulary: int) -> str:
-    """Of one op by its name and the shapes of its inputs."""
-    sides = {side for shape in shapes if isinstance(shape, list | tuple) for side in shape if isinstance(side, int)}
-    name = op.removeprefix("aten::").rstrip("_")
+def category(event: Any) -> str:
+    """Of one op by what it lies within, its name and the shapes of its inputs."""
+    above = event
+    while above is not None:
+        if "ogprob" in above.name:
+            return "head"
+        if above.name == "bench::optimizer":
+            return "optimizer"
+        above = above.cpu_parent
+    op, name = event.name, event.name.removeprefix("aten::").rstrip("_")
     if "scaled_dot_product" in op or "flash" in op:
         return "attention"
     if op in _PRODUCTS:
-        return "head" if vocabulary in sides else "adapter" if _narrow(shapes) else "base"
-    if "adam" in op.lower() or "Optimizer" in op or "optimizer" in op or "foreach" in op:
-        return "optimizer"
-    if vocabulary in sides and "embedding" not in op:
-        return "head"
+        return "adapter" if _narrow(event.input_shapes) else "base"
     if not op.startswith("aten::") or any(name.startswith(move) or move in name.split("_") for move in _MOVES):
         return "other"
     return "elementwise"
