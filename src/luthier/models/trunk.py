@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
-from luthier.models.attention import Kept, forest_context, kept_rows
+from luthier.models.attention import ForestUnsupported, Kept, forest_context, kept_rows
 from luthier.models.head import decoder_of
 from luthier.models.last_layer import WORTH, Restricted
 from luthier.models.limits import Limits
@@ -196,7 +196,8 @@ class Trunk:
         assert decoder is not None  # a head map was found through it
         hidden_BTD = decoder(**inputs, use_cache=False)[0]
         if (kept := kept_rows()) is not None:
-            assert hidden_BTD.shape[:2] == (1, len(kept.rows_K))  # the last layer was restricted
+            if hidden_BTD.shape[:2] != (1, len(kept.rows_K)):
+                raise ForestUnsupported("the last of the listed layers does not run last")
             scored_N = kept.place(scored_N)
         return hidden_BTD.flatten(0, 1).index_select(0, scored_N)
 
