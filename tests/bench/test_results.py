@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.__main__ import PLAN
 from bench.options import RESULTS
 from bench.protocol import ROOT
 
@@ -91,3 +93,9 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     assert page.with_block("# Nothing\n", page.OPEN + page.CLOSE) == "# Nothing\n"
     text = f"before\n{page.OPEN}old\n{page.CLOSE}after\n"
     assert page.with_block(text, page.OPEN + "new\n" + page.CLOSE) == text.replace("old", "new")
+
+
+def test_every_planned_bench_exists_and_has_a_page() -> None:
+    for module, *_ in [*PLAN.values(), ("gpu",)]:
+        assert callable(import_module(f"bench.{module}").main)
+        assert any(kind == module or kind.startswith(f"{module}-") for kind in page.PAGES), module
