@@ -70,9 +70,9 @@ _ALSO: dict[str, dict[str, Any]] = {
     "blt": dict(encoder_hash_byte_group_vocab=64),
     "cohere_compass_text": dict(
         layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4,
-        rope_parameters=dict.fromkeys(
-            ("sliding_attention", "full_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        ),
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
     ),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
