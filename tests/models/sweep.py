@@ -57,9 +57,11 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("resid_dropout", "embedding_dropout", "attn_dropout", "emb_dropout_prob"), 0.0),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
-    "mamba_d_conv": 4, "conv_L_cache": 3, "num_kv_shared_layers": 0, "query_pre_attn_scalar": 16,
+    "mamba_d_conv": 4, "conv_L_cache": 3, "query_pre_attn_scalar": 16,
     "attention_hidden_size": 64, "pad_token_id": 0, "eos_token_id": 2, "is_decoder": True, "use_cache": False,
 }  # fmt: skip
+_KINDS = ("sliding_attention", "full_attention")
+_SHARED = dict(layer_types=list(_KINDS) * 2, num_hidden_layers=4, num_kv_shared_layers=2)  # the last two reuse keys
 _ALSO: dict[str, dict[str, Any]] = {
     "jamba": dict(
         attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
@@ -70,15 +72,16 @@ _ALSO: dict[str, dict[str, Any]] = {
     "blt": dict(encoder_hash_byte_group_vocab=64),
     "cohere_compass_text": dict(
         layer_types=["sliding_attention", "full_attention"] * 2, num_hidden_layers=4,
-        rope_parameters={
-            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
-        },
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS},
     ),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
         ffn_config=dict(hidden_size=64, ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2),
     ),
     "falcon_h1": dict(mamba_d_ssm=128),
+    "gemma3n_text": _SHARED,
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"]),
     "kimi_linear": dict(layer_types=["linear_attention", "full_attention"], linear_head_dim=16, linear_num_heads=4),
     "lfm2": dict(layer_types=["conv", "full_attention"]),

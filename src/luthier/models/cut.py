@@ -23,6 +23,7 @@ SMALL_MODEL_PARAMETERS = 20_000_000
 WINDOW = 8
 _KINDS = 6
 _MOST_LAYERS = 16
+_MOST_PARAMETERS = 250_000_000
 VOCABULARY = 256
 
 _NARROW = {"intermediate_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
@@ -31,9 +32,15 @@ _NARROW |= {
     "n_inner": 256,
     "ffn_dim": 256,
     "ffn_hidden_size": 256,
+    "mamba_d_state": 16,
+    "state_size": 16,
+    "ssm_state_size": 16,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
     "vocab_size_per_layer_input": VOCABULARY,
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_ROUTED = ("num_experts_per_tok", "moe_top_k", "moe_k")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -68,9 +75,10 @@ def _more(layers: int, depth: int) -> Iterator[int]:
 
 
 def kinds_of(model: nn.Module) -> set[str]:
-    """The classes of its modules that transformers or the checkpoint's family wrote; not torch's, not our sites."""
+    """The classes of its parts that transformers or the checkpoint's family wrote; not torch's, not our sites."""
     ours = ("torch.", "luthier.", "bitsandbytes.")
-    return {type(m).__qualname__ for m in model.modules() if not type(m).__module__.startswith(ours)}
+    parts = [type(module) for module in model.modules() if module is not model]
+    return {part.__qualname__ for part in parts if not part.__module__.startswith(ours)}
 
 
 def _short_window(config: Any) -> bool:
@@ -88,16 +96,29 @@ def _build(model: nn.Module, shrink: Callable[[Any], None] | None, layers: int) 
         text = config.get_text_config()
         if shrink and getattr(text, "first_k_dense_replace", None):
             text.first_k_dense_replace = 1
-        _keep_layers(text, layers)
+        _keep_layers(text, _chosen(text, layers))
         if shrink:
             shrink(text)
             if text is not config:
                 _narrow(config)
+        build = causal_class(model)
+        if _too_large(build, config, shrink is None):
+            return None
         with torch.device("cpu"):
-            made = causal_class(model)(config)
+            made = build(config)
     except Exception:  # noqa: BLE001 a family that does not accept these numbers; the next candidate is tried
         return None
     return made.float()
+
+
+def _too_large(build: Callable[[Any], nn.Module], config: Any, unknown: bool) -> bool:
+    """More than a stand-in may weigh; `unknown` is the answer for a family that cannot be built without memory."""
+    try:
+        with torch.device("meta"):
+            planned = build(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001 a constructor that reads numbers
+        return unknown
+    return sum(p.numel() for p in planned.parameters()) > _MOST_PARAMETERS
 
 
 def _runs(model: nn.Module) -> bool:
@@ -131,21 +152,35 @@ def _depth(config: Any) -> int:
     return next((getattr(config, n) for n in _DEPTHS if isinstance(getattr(config, n, None), int)), 2)
 
 
-def _keep_layers(config: Any, layers: int) -> None:
+def _chosen(config: Any, layers: int) -> list[int]:
+    """Which layers stay: the first ones, and where the last layers reuse earlier keys, one of each kind of those."""
+    shared, depth = getattr(config, "num_kv_shared_layers", None) or 0, _depth(config)
+    kinds = getattr(config, "layer_types", None)
+    if not shared or shared >= depth or not kinds:
+        return list(range(layers))
+    first = [list(kinds).index(kind) for kind in dict.fromkeys(kinds)]
+    return sorted(first) + sorted(list(kinds).index(kind, depth - shared) for kind in dict.fromkeys(kinds))
+
+
+def _keep_layers(config: Any, chosen: list[int]) -> None:
     depth = _depth(config)
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == depth:
-            setattr(config, name, type(value)(value[:layers]))
+            setattr(config, name, type(value)(value[layer] for layer in chosen))
+    if chosen != list(range(len(chosen))):
+        config.num_kv_shared_layers = len(chosen) // 2
     for name in _DEPTHS:
         if isinstance(getattr(config, name, None), int):
-            setattr(config, name, layers)
+            setattr(config, name, len(chosen))
 
 
 def _thin(config: Any) -> None:
     """`_narrow`, and few heads: at most two key heads, at most two query heads to each, the width that fits them."""
     _narrow(config)
-    heads, width = config.num_attention_heads, config.hidden_size
-    head_width = getattr(config, "head_dim", None) or width // heads
+    heads, width = getattr(config, "num_attention_heads", None), config.hidden_size
+    if heads is None:
+        return
+    head_width = _one(config, "head_dim") or width // heads
     keys = next((getattr(config, n) for n in _KEY_HEADS if isinstance(getattr(config, n, None), int)), heads)
     kept = min(keys, 4 if keys == heads else 2)
     for name in _KEY_HEADS:
@@ -155,6 +190,14 @@ def _thin(config: Any) -> None:
     config.hidden_size = min(width, config.num_attention_heads * head_width)
 
 
+def _one(config: Any, name: str) -> int | None:
+    """A setting that is one number for all layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 transformers raises where layers differ
+        return None
+
+
 def _narrow(config: Any) -> None:
     if isinstance(getattr(config, "vocab_size", None), int):
         config.vocab_size = min(config.vocab_size, VOCABULARY)
@@ -162,11 +205,21 @@ def _narrow(config: Any) -> None:
             if getattr(config, name, None) is not None:
                 setattr(config, name, place)
     for name, most in _NARROW.items():
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, min(getattr(config, name), most))
+        value = _one(config, name)
+        if isinstance(value, int):
+            setattr(config, name, min(value, most))
+        elif isinstance(value, (list, tuple)):
+            setattr(config, name, type(value)(min(v, most) for v in value))
+    values, keys = (getattr(config, f"linear_num_{kind}_heads", None) for kind in ("value", "key"))
+    if values and keys and values % keys == 0:
+        config.linear_num_key_heads = min(keys, 2)
+        config.linear_num_value_heads = config.linear_num_key_heads * (values // keys)
     for name in _EXPERTS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, min(getattr(config, name), 8))
+    for name in _ROUTED:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, min(getattr(config, name), 4))
     if getattr(config, "n_group", None):
         config.n_group = config.topk_group = 1
     for name in _WINDOWS:
