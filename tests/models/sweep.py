@@ -1,9 +1,15 @@
 """Tiny random models of every causal family of transformers, and the path each one gets.
 
-`python tests/models/sweep.py` writes families.json beside itself: model type -> [path, reason], or
-["refused", why], or ["not built", why] where the shrunken configuration is not accepted here. Each family runs in a
-forked child with a time limit: a few crash or grow without bound. Configurations are shrunk, so a family is shown
-only for the layer types of its small form.
+`python tests/models/sweep.py` writes families.json beside itself, model type -> [path, reason]:
+
+    forest + last layer   packed, the last layer only at scored rows
+    forest                packed; the reason says why the last layer is whole
+    unpacked              every row alone; the reason says why not packed
+    refused, not built    why; the latter where the shrunken configuration is not accepted here
+
+Names as arguments: only these are measured, printed, and put into the table. Each family runs in a forked child with
+a time limit: a few crash or grow without bound. Configurations are shrunk, so a family is shown only for the layer
+types of its small form. docs/families.md is written from the table (docs/generate.py).
 """
 
 from __future__ import annotations
@@ -174,7 +180,11 @@ def path_of(name: str) -> tuple[str, str]:
         trunk = open_trunk(model)
     except ModelError as error:
         return "refused", error.what
-    return trunk.path, trunk.reason
+    if trunk.path == "unpacked":
+        return trunk.path, trunk.reason
+    if trunk.facts.last_layer == "whole":
+        return "forest", f"last layer whole: {trunk.facts.last_layer_reason}"
+    return "forest + last layer", trunk.facts.limits.why
 
 
 def path_in_child(name: str, seconds: int = SECONDS) -> tuple[str, str]:
@@ -199,16 +209,16 @@ def path_in_child(name: str, seconds: int = SECONDS) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Write the table; families given as arguments are only printed."""
+    """Measure the families given as arguments, or all, and put them into the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    found = {}
-    for name in sys.argv[1:] or families():
+    wanted = sys.argv[1:]
+    found = json.loads(TABLE.read_text()) if wanted else {}
+    for name in wanted or families():
         found[name] = path_in_child(name)
         print(name, *found[name], flush=True)
-    if not sys.argv[1:]:
-        lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
+        lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
         TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -9,12 +9,15 @@ are represented by a few-layer cut (models/cut.py).
     logits     max|d| / max(1, max|ref|)                 <= 1e-5, or 4x the model's own rounding noise
     gradients  max|d| / (max|g| + 1e-3 max over all)     <= 2e-4, for every weight
 
+What misses these by little is asked again in double precision, where rounding vanishes (1e-9) and a fault stays.
+
 A family that fails takes the unpacked path, itself checked the same way, or is refused with the reason. The
 model is left exactly as found: modes, gradients, attention, random state.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +38,7 @@ from luthier.models.switch import native_attention
 from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.models.unpacked import leaves
 
-LOGITS, GRADIENTS, NOISE, CAUSAL = 1e-5, 2e-4, 1e-4, 1e-3
+LOGITS, GRADIENTS, NOISE, CAUSAL, EXACT = 1e-5, 2e-4, 1e-4, 1e-3, 1e-9
 _PARENTS = (-1, 0, 1, 1, 0, -1, 5, 5, -1)  # a tree, a star, a lone root
 _LENGTHS = (11, 9, 13, 8, 7, 12, 9, 10, 17)
 
@@ -118,7 +121,15 @@ def _packs(
     short = Limits(padding=padding_of(subject) if counted else None)
     facts = TrunkFacts("forest", head_map=head_map, limits=short)
     limits = replace(limits_of(model.config), padding=padding_of(model) if counted else None)
-    return limits, _differs(subject, facts, batch, evidence) or ""
+    wrong = _differs(subject, facts, batch, evidence)
+    if (
+        wrong and evidence.get("forest_logits", 1.0) <= NOISE
+    ):  # rounding or a fault? In double precision only a fault stays
+        exact: dict[str, float] = {"noise": 0.0}
+        if _differs(copy.deepcopy(subject).double(), facts, batch, exact) is None and exact["forest_logits"] <= EXACT:
+            wrong = None
+        evidence |= {f"double_{name}": value for name, value in exact.items()}
+    return limits, wrong or ""
 
 
 def _differs(subject: nn.Module, facts: TrunkFacts, batch: Batch, evidence: dict[str, float]) -> str | None:
@@ -255,10 +266,13 @@ def _first_that_runs(model: nn.Module) -> tuple[nn.Module, float]:
 @torch.no_grad()
 def _noise(subject: nn.Module, tokens_T: Tensor) -> float:
     """Difference of a row's logits when other tokens follow: rounding in a causal model, much more otherwise."""
+    worst = 0.0
     with native_attention(subject):
         whole = subject(input_ids=tokens_T[None], use_cache=False).logits[0]
-        part = subject(input_ids=tokens_T[None, : len(tokens_T) // 2], use_cache=False).logits[0]
-    return relative_difference(whole[: len(part)], part)
+        for part in (8, 4, 2):
+            some = subject(input_ids=tokens_T[None, : len(tokens_T) // part], use_cache=False).logits[0]
+            worst = max(worst, relative_difference(whole[: len(some)], some))
+    return worst
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
@@ -194,6 +195,8 @@ class Trunk:
     def _hidden(self, inputs: dict[str, Tensor], scored_N: Tensor) -> Tensor:
         decoder = decoder_of(self.model)
         assert decoder is not None  # a head map was found through it
+        if _skips_rows(decoder):
+            inputs = {**inputs, "logits_to_keep": scored_N}
         hidden_BTD = decoder(**inputs, use_cache=False)[0]
         if (kept := kept_rows()) is not None:
             if hidden_BTD.shape[:2] != (1, len(kept.rows_K)):
@@ -205,6 +208,12 @@ class Trunk:
         if self._picks_rows and inputs["input_ids"].shape[0] == 1:
             return self.model(**inputs, use_cache=False, logits_to_keep=scored_N).logits.flatten(0, 1)
         return self.model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, scored_N)
+
+
+def _skips_rows(decoder: nn.Module) -> bool:
+    """Does its decoder leave out rows unless a tensor names the ones to keep (Gemma 4's layers that reuse keys)?"""
+    parts = [module for module in decoder.modules() if isinstance(module, PreTrainedModel)]
+    return any("logits_to_keep" in inspect.signature(part.forward).parameters for part in parts)
 
 
 def _head(model: nn.Module) -> nn.Module:
