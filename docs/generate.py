@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def pages() -> dict[str, str]:
     schema = json.loads((PACKAGE / "recipe" / "schema.json").read_text("utf-8"))
     return {
         "verbs.md": verbs(), "recipe.md": recipe(schema), "methods.md": methods(schema),
-        "objectives.md": objectives(schema),
+        "objectives.md": objectives(schema), "families.md": families(),
     }  # fmt: skip
 
 
@@ -216,6 +217,51 @@ def card(branch: dict[str, Any], path: Path, section: str) -> str:
     own = {**branch, "properties": {k: v for k, v in branch["properties"].items() if k != "name"}}
     table = "\n" + fields(own, {"$defs": {}}, f"{section}.{name}") if own["properties"] else "\nNo fields.\n"
     return f"## `{section}: {name}`\n\n{branch['description']}\n\n```text\n{words}\n```\n{table}"
+
+
+# ---------------------------------------------------------------- families
+
+
+def families() -> str:
+    table = json.loads((DOCS.parent / "tests" / "models" / "families.json").read_text("utf-8"))
+    counts = {path: sum(entry[0] == path for entry in table.values()) for path in PATHS}
+    packed = counts["forest"] + counts["forest + last layer"]
+    parts = [
+        MARK + "# Families\n\nEvery causal language model of transformers, and how its rows run here. Measured, not "
+        "declared: `tests/models/sweep.py` opens a tiny random model of each family exactly as a run does, and a test "
+        "holds this page equal to what it measured. A checkpoint is measured again when it is loaded: its own "
+        f"settings decide, this table only says what to expect. {packed} of {len(table)} families pack.\n",
+        "| path | families | what it means |\n|---|---|---|\n"
+        + "".join(f"| {path} | {counts[path]} | {meaning} |\n" for path, meaning in PATHS.items()),
+        "| family | path | why |\n|---|---|---|\n"
+        + "".join(f"| `{name}` | {path} | {cell(why(reason))} |\n" for name, (path, reason) in table.items()),
+    ]
+    return "\n".join(parts)
+
+
+PATHS = {
+    "forest + last layer": "rows packed, shared prompts computed once, the last layer only where tokens are scored",
+    "forest": "the same with the whole last layer",
+    "unpacked": "every row alone under the model's own attention, rows of equal length together; no padding",
+    "refused": "not a causal language model: what follows a token changes what is predicted there",
+    "not built": "a tiny model of it could not be made or does not run on a row of tokens alone; nothing is claimed",
+}
+WHY = {
+    r"ForestMask": "its attention code reads the mask as a tensor",
+    r"attention ran in (\d+) of (\d+) layers": r"\1 of \2 layers attend; the others (state space, convolution, "
+    "linear attention) mix along the packed row",
+    r"(logits|gradients) differ by": "packed rows would see each other or count their positions wrongly",
+    r"passes attention arguments": "its attention takes terms that packing does not know",
+}
+
+
+def why(reason: str) -> str:
+    """The measured reason behind its meaning in plain words."""
+    for pattern, meaning in WHY.items():
+        found = re.search(pattern, reason)
+        if found and not reason.startswith("last layer"):
+            return f"{found.expand(meaning)} (`{reason}`)"
+    return reason
 
 
 def main() -> int:

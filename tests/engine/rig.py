@@ -39,7 +39,8 @@ from luthier.methods.lora import LoRA
 from luthier.models.probe import open_trunk
 from luthier.objectives.sft import SFT
 from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
-from tiny import tiny
+from models import sweep
+from tiny import VOCABULARY, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS: dict[str, Method] = {"full": Full(), "lora": LoRA(r=4, lora_dropout=0.1)}
@@ -88,12 +89,13 @@ class Options:
     reference: str | None = None  # method_off, frozen_copy, cached: pairs, with a reference had in this way
     cache: str = ""  # where cached scores lie; default: in the run directory
     guard: Guard = field(default_factory=Guard)
+    small: str = ""  # a family of tests/models/sweep.py instead
 
 
 def build(directory: Path, **changes: Any) -> Run:
     """A run, ready to train."""
     o = Options(**changes)
-    model = tiny(o.family)
+    model = sweep.build(o.small, vocab_size=VOCABULARY) if o.small else tiny(o.family)
     method = METHODS[o.method]
     method.attach(model)
     spec = StreamSpec(

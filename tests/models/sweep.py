@@ -5,7 +5,8 @@
     forest + last layer   packed, the last layer only at scored rows
     forest                packed; the reason says why the last layer is whole
     unpacked              every row alone; the reason says why not packed
-    refused, not built    why; the latter where the shrunken configuration is not accepted here
+    refused               why: not a causal language model
+    not built             why: the shrunken configuration is not accepted, or the model does not run on tokens alone
 
 Names as arguments: only these are measured, printed, and put into the table. Each family runs in a forked child with
 a time limit: a few crash or grow without bound. Configurations are shrunk, so a family is shown only for the layer
@@ -94,7 +95,7 @@ _ALSO: dict[str, dict[str, Any]] = {
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "mamba2": dict(num_heads=8),
     "minimax_m3_vl_text": dict(
-        layer_types=["full_attention", "minimax_m3_sparse"], index_block_size=4, index_topk_blocks=2
+        layer_types=["full_attention", "minimax_m3_sparse"], index_block_size=4, index_topk_blocks=2, index_n_heads=2,
     ),
     "mpt": dict(attn_config=dict(attn_pdrop=0)),
     "qwen4_exp_text": dict(
@@ -123,7 +124,6 @@ _ALSO: dict[str, dict[str, Any]] = {
     "recurrent_gemma": dict(attention_window_size=8, block_types=["recurrent", "attention"]),
     "longcat_flash": dict(num_key_value_heads=4, num_layers=1, head_dim=8),
     "minicpm3": dict(num_key_value_heads=4),
-    "llama4_text": dict(attn_temperature_tuning=False),
 }  # fmt: skip
 _PART = {  # composite families whose class is built from one part of the configuration
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "emu3", "dots3_note"), "text_config"),
@@ -158,12 +158,12 @@ def small_config(cls: type, also: dict[str, Any]) -> Any:
     return cls(**{**sizes, **also})
 
 
-def build(name: str) -> torch.nn.Module:
-    """A tiny random model of the family."""
+def build(name: str, **changes: Any) -> Any:
+    """A tiny random model of the family, eval mode."""
     cls = CONFIG_MAPPING[name]
     if name in _PART:
         cls = type(getattr(cls(), _PART[name]))
-    config = small_config(cls, _ALSO.get(name) or _ALSO.get(cls.model_type, {}))
+    config = small_config(cls, {**(_ALSO.get(name) or _ALSO.get(cls.model_type, {})), **changes})
     named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     cls = getattr(transformers, named if isinstance(named, str) else named[0])
     torch.manual_seed(0)
@@ -175,11 +175,12 @@ def path_of(name: str) -> tuple[str, str]:
     try:
         model = build(name)
     except Exception as error:  # noqa: BLE001 foreign constructors raise whatever they like
-        return "not built", f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:200]
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return "not built", f"{type(error).__name__}: {' '.join(said[:2])}"[:200]
     try:
         trunk = open_trunk(model)
     except ModelError as error:
-        return "refused", error.what
+        return "not built" if "does not run" in error.what else "refused", error.what
     if trunk.path == "unpacked":
         return trunk.path, trunk.reason
     if trunk.facts.last_layer == "whole":
