@@ -11,7 +11,7 @@ from luthier.contracts.event import Evaluated, StepDone
 
 PUSH = ("qwen3_5_text", "mamba2")
 NIGHTLY = (
-    "qwen3_next", "lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "jamba", "mamba", "zamba2",
+    "qwen3_next", "lfm2", "lfm2_moe", "falcon_h1", "granitemoehybrid", "nemotron_h", "jamba", "mamba",
     "bamba", "recurrent_gemma", "gptj", "bart", "bloom",
 )  # fmt: skip
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from luthier.contracts.errors import RecipeError
+from luthier.methods.lora import LoRA
 from luthier.models.shapes import shapes_of
 from tiny import tiny
 from tiny_families import family
@@ -50,3 +52,12 @@ def test_nothing_of_a_dense_layer_is_beyond_its_linears(name: str) -> None:
 def test_layers_are_found(name: str) -> None:
     model = family(name)
     assert len(shapes_of(model).layers) == model.config.num_hidden_layers
+
+
+def test_a_linear_that_is_only_read_is_no_place_for_a_site() -> None:
+    """Mamba multiplies by `dt_proj.weight` without calling the module: an adapter there would never train."""
+    shapes = shapes_of(family("mamba"))
+    assert {linear.path.rsplit(".", 1)[1] for linear in shapes.linears} == {"in_proj", "x_proj", "out_proj"}
+    assert sum("dt_proj" in name for name, _ in shapes.uncovered) == 2
+    with pytest.raises(RecipeError, match="never called"):
+        LoRA(target_modules=["dt_proj"]).attach(family("mamba"))

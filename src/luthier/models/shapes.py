@@ -57,8 +57,11 @@ def shapes_of(model: nn.Module) -> Shapes:
     """Look at every module once."""
     paths = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), output_head(model)
+    read = read_as_weights(model)
     linears = tuple(
-        _linear(path, module) for path, module in model.named_modules() if _is_linear(module) and module is not head
+        _linear(path, module)
+        for path, module in model.named_modules()
+        if _is_linear(module) and module is not head and path not in read
     )
     pattern, layers = decoder_layers(model)
     known = {f"{linear.path}.weight" for linear in linears}
@@ -96,6 +99,15 @@ def decoder_layers(model: nn.Module) -> tuple[str | None, list[str]]:
                 return found
             best = max(best, found, key=lambda pair: len(pair[1]))
     return best
+
+
+def read_as_weights(model: nn.Module) -> set[str]:
+    """Linears whose weight the model reads and never calls: a site there would do nothing (Mamba's step sizes)."""
+    return {
+        f"{path}.dt_proj"
+        for path, module in model.named_modules()
+        if "A_log" in module._parameters and isinstance(module._modules.get("dt_proj"), nn.Linear)
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.contracts.errors import RecipeError
-from luthier.models.shapes import output_head
+from luthier.models.shapes import output_head, read_as_weights
 from luthier.models.sites import Site, is_linear, original_name
 
 ALL_LINEAR = "all-linear"
@@ -117,6 +117,12 @@ def find_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
             f"no module of this model matches{also}", where="method.target_modules", value=wanted,
             remedy=f"its modules are called: {', '.join(leaf_names(model))}",
         )  # fmt: skip
+    idle = sorted(read_as_weights(model) & set(found))
+    if idle:
+        raise RecipeError(
+            f"{idle[0]} is read as a weight and never called: an adapter there would never train",
+            where="method.target_modules", value=wanted, remedy="leave it out",
+        )  # fmt: skip
     for path, module in found.items():
         if not is_linear(module) and not isinstance(module, nn.Embedding):
             raise RecipeError(
@@ -177,14 +183,14 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def all_linear(model: nn.Module) -> list[str]:
-    """Paths of every Linear and Conv1D, quantised ones too, but the output head."""
-    head = output_head(model)
+    """Paths of every Linear and Conv1D, quantised ones too, but the output head and what is never called."""
+    head, read = output_head(model), read_as_weights(model)
     while isinstance(head, Site):
         head = head.base_layer
     return [
         path
         for path, module in base_modules(model).items()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and path
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and path and path not in read
     ]
 
 
