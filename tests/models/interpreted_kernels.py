@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from luthier.models.kernels import gpu, triton_norm, triton_rotary, triton_swiglu
+from luthier.models.kernels.rms_norm import rms_norm, rms_norm_plain
 from luthier.models.kernels.rotary import rotary
+from luthier.models.kernels.swiglu import swiglu, swiglu_plain
 from luthier.models.kernels.triton_softmax import softmax_pull_, softmax_pull_plain_
 from luthier.models.logprob_tiles import HeadMap, Tile
 from luthier.models.logprobs import How, token_logprobs, token_logprobs_plain
@@ -150,3 +152,33 @@ def test_token_logprobs_takes_the_kernel(head_trains: bool) -> None:
             torch.autograd.grad(found, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [triton_norm.Norm(1e-6), triton_norm.Norm(1e-6, 1.0, cast_first=False)])
+def test_rms_norm_takes_the_kernel(norm: triton_norm.Norm, dtype: torch.dtype) -> None:
+    x, grad = some(2, 3, 24, dtype=dtype), some(2, 3, 24, dtype=dtype, seed=1)
+    weight = some(24, dtype=dtype, seed=2)
+    leaves = [tensor.clone().requires_grad_(True) for tensor in (x, weight)]
+    twins = [tensor.clone().requires_grad_(True) for tensor in (x, weight)]
+    made, wanted = rms_norm(*leaves, norm), rms_norm_plain(*twins, norm)
+    assert made.dtype == wanted.dtype
+    check(made.detach(), wanted.detach(), dtype)
+    (dx, dw), (right_x, right_w) = torch.autograd.grad(made, leaves, grad), torch.autograd.grad(wanted, twins, grad)
+    check(dx, right_x, dtype)
+    assert dw.dtype == dtype
+    if dtype == torch.float32:  # sums of rounded terms otherwise: test_norm bounds them
+        check(dw, right_w, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_takes_the_kernel(dtype: torch.dtype) -> None:
+    grad = some(2, 3, 24, dtype=dtype, seed=1)
+    leaves = [some(2, 3, 24, dtype=dtype, seed=seed).requires_grad_(True) for seed in (2, 3)]
+    twins = [leaf.detach().clone().requires_grad_(True) for leaf in leaves]
+    made, wanted = swiglu(*leaves), swiglu_plain(*twins)
+    check(made.detach(), wanted.detach(), dtype)
+    for mine, theirs in zip(
+        torch.autograd.grad(made, leaves, grad), torch.autograd.grad(wanted, twins, grad), strict=True
+    ):
+        check(mine, theirs, dtype)

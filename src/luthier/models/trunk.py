@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
 from luthier.models.attention import ForestUnsupported, Kept, forest_context, kept_rows
+from luthier.models.fused import Fused
 from luthier.models.head import decoder_of
 from luthier.models.last_layer import WORTH, Restricted
 from luthier.models.limits import Limits
@@ -69,6 +70,7 @@ class TrunkFacts:
     last_layer_reason: str = ""  # why whole, empty where it is not
     evidence: dict[str, float] | None = None  # the probe's largest differences
     limits: Limits = Limits()  # up to where rows may be packed, and how this family numbers them
+    fused: bool = True  # fused operations where the family has a place for them (models/fused.py)
 
 
 class Trunk:
@@ -78,6 +80,7 @@ class Trunk:
         self.model, self.facts = model, facts
         self._picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._restricted: Restricted | None = None
+        self._fused = Fused(model) if facts.fused else None
         if facts.path == "forest":
             switch_in(model)
             if facts.last_layer == "scored rows":
@@ -99,8 +102,10 @@ class Trunk:
         return "fused" if _plain_linear(_head(self.model)) else "chunked"
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention and forwards back."""
         switch_out(self.model)
+        if self._fused is not None:
+            self._fused.undo()
         if self._restricted is not None:
             self._restricted.undo()
 
