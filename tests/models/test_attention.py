@@ -23,6 +23,7 @@ from luthier.models.attention import (
 )
 from luthier.models.head import relative_difference
 from luthier.models.kernels.varlen import VarlenPlan, varlen_refusal
+from luthier.models.limits import Limits, counts_after_padding, padding_of
 from luthier.models.probe import choose_kernel, probe_batch
 from luthier.models.switch import attention_as, native_attention
 from luthier.models.trunk import Trunk, TrunkFacts
@@ -68,7 +69,8 @@ def test_packed_equals_every_path_alone(name: str, shape: str) -> None:
     batch = probe_batch(290, *SHAPES[shape])
     expected, logprobs = alone(model, batch)
     right = gradients(model, -(logprobs * batch.weights_N).sum())
-    trunk = Trunk(model, TrunkFacts(head_map=None))
+    padding = padding_of(model) if counts_after_padding(model, batch.tokens_T) else None
+    trunk = Trunk(model, TrunkFacts(head_map=None, limits=Limits(padding=padding)))
     with torch.no_grad():
         assert relative_difference(trunk.logits(batch), expected.detach()) < 1e-5
     found = trunk.logprobs(batch)
