@@ -200,6 +200,12 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+def test_a_turn_that_names_no_speaker_is_a_fault_beside_a_system_column_too() -> None:
+    row = {"conversations": [{"content": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}
+    with pytest.raises(DataError, match="role"):
+        read(row)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(SHAPES), st.data())
 def test_any_value_anywhere_is_a_record_or_a_named_fault(shape: dict[str, Any], data: st.DataObject) -> None:

@@ -43,7 +43,7 @@ def turns_of(row: Mapping[str, Any], source: Source) -> tuple[list[dict[str, Any
         raise wrong("there are no turns", source, field, value=kind_of(turns), remedy='a list of {"from", "value"}')
     for index, turn in enumerate(turns):
         messages.append(turn_of(turn, source, f"{field}[{index}]"))
-    if ahead and len(messages) > 1 and messages[1]["role"] == "system":
+    if ahead and len(messages) > 1 and messages[1].get("role") == "system":
         raise wrong("two system prompts", source, f"{field}[0]", value="and the column system", remedy="keep one")
     return messages, field
 
