@@ -25,4 +25,4 @@ def test_unpacked_families_learn(tmp_path: Path, name: str) -> None:
     assert len(losses) == 8
     assert min(losses[-3:]) < losses[0] - 0.1
     evaluated = [event.eval_loss for event in events if isinstance(event, Evaluated)]
-    assert evaluated[-1] < evaluated[0]
+    assert max(evaluated) < losses[0]  # held-out rows after 4 and 8 steps, the first loss is the untrained model's
