@@ -38,7 +38,7 @@ def stored(head: Head, hidden_ND: Tensor, targets_N: Tensor, grad_N: Tensor, int
         if into.hidden_ND is not None:
             _product(raw, head.weight_VD, into.hidden_ND[part])
         if into.weight_VD is not None:
-            head.add_product(into.weight_VD, raw.t(), hidden_ND[part], fresh=part.start == 0)
+            head.add_product(into.weight_VD, raw.t(), hidden_ND[part], fresh=part.start == 0 and not into.begun)
         if into.bias_V is not None:
             summed = raw.sum(0, dtype=torch.float32)
             into.bias_V.copy_(summed if part.start == 0 else into.bias_V + summed)

@@ -169,11 +169,12 @@ def values(head: Head, hidden_ND: Tensor, targets_N: Tensor, jacobian_ND: Tensor
 
 
 class Gradients(NamedTuple):
-    """Float32 places for what is asked for; overwritten."""
+    """Float32 places for what is asked for; overwritten, or the weight's added to where it is `begun`."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    begun: bool = False
 
 
 class Rows(NamedTuple):
@@ -254,7 +255,7 @@ def _softmax(head: Head, rows: Rows, into: Gradients, pull: Tensor, columns: sli
     if into.hidden_ND is not None:
         head.add_product(into.hidden_ND[rows.part], pull, head.weight_VD[columns])
     if into.weight_VD is not None:
-        head.add_product(into.weight_VD[columns], pull.t(), rows.hidden, fresh=fresh)
+        head.add_product(into.weight_VD[columns], pull.t(), rows.hidden, fresh=fresh and not into.begun)
     if into.bias_V is not None:
         summed = pull.sum(0)
         into.bias_V[columns] = summed if fresh else into.bias_V[columns] + summed

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from luthier.models import logprob_chunks, logprob_tiles
+from luthier.models.gradient_room import GradientRoom
 from luthier.models.kernels import gpu
 from luthier.models.logprob_tiles import Gradients, Head, HeadMap, Tile, tile_for
 
@@ -55,17 +56,21 @@ def token_logprobs(
     if mode == "again" and how.coefficients_N is not None:
         mode = "linear"
     with torch.autocast(kind, enabled=False):
-        spec = _Spec(head_map, compute, mode, how.tile)
+        room = how.room if how.room is not None and len(hidden_ND) and how.room.takes(weight_VD) else None
+        room = room if weight_VD.dtype == compute == torch.float32 else None
+        spec = _Spec(head_map, compute, mode, how.tile, room)
         coefficients_N = None if how.coefficients_N is None else how.coefficients_N.detach().float()
         return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, coefficients_N, spec)
 
 
 @dataclass(frozen=True, eq=False)
 class How:
-    """What the caller knows: the loss is a multiple of sum_n coefficients_n logprob_n; tile sizes to use."""
+    """What the caller knows: the loss is a multiple of sum_n coefficients_n logprob_n; tile sizes to use; where the
+    gradient of the weight goes, if not to autograd."""
 
     coefficients_N: Tensor | None = None
     tile: Tile | None = None
+    room: GradientRoom | None = None
 
 
 def token_logprobs_plain(
@@ -92,6 +97,7 @@ class _Spec:
     compute: torch.dtype
     mode: str
     tile: Tile | None
+    room: GradientRoom | None
 
     def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
         weight_VD = weight_VD.to(self.compute)
@@ -113,10 +119,14 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.spec, ctx.dtypes = spec, tuple(None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V))
         if spec.mode == "linear":
             assert coefficients_N is not None
-            into = _room(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V)
+            need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+            stands = spec.room is not None and need_weight
+            into = _places((need_hidden, need_weight and not stands, need_bias), hidden_ND, weight_VD, bias_V)
+            if spec.room is not None and need_weight:
+                into = into._replace(weight_VD=spec.room.before_scale(weight_VD))
             made = _loops(hidden).stored(head, hidden, targets_N, coefficients_N, into)
             ctx.made = into
-            ctx.save_for_backward(coefficients_N)
+            ctx.save_for_backward(coefficients_N, weight_VD)
             return made
         jacobian_ND = torch.empty_like(hidden_ND) if spec.mode == "jacobian" else None
         logprobs_N, norm_N = _loops(hidden).values(head, hidden, targets_N, jacobian_ND)
@@ -134,19 +144,22 @@ class _TokenLogprobs(torch.autograd.Function):
             (jacobian_ND,) = ctx.saved_tensors
             return jacobian_ND * grad_N[:, None].to(jacobian_ND.dtype), None, None, None, None, None
         if mode == "linear":
-            (coefficients_N,) = ctx.saved_tensors
+            coefficients_N, weight_VD = ctx.saved_tensors
             if ctx.made is None:
                 raise RuntimeError("the gradients made in the forward pass are spent: backward a second time")
             into, ctx.made = ctx.made, None
             factor = _factor(grad_N, coefficients_N)
-            found = tuple(None if x is None else x.mul_(factor) for x in into)
+            if ctx.spec.room is not None and into.weight_VD is not None:
+                ctx.spec.room.scale(weight_VD, into.weight_VD, factor)
+                into = into._replace(weight_VD=None)
+            found = tuple(None if x is None else x.mul_(factor) for x in into[:3])
         else:
             hidden_ND, weight_VD, bias_V, targets_N, norm_N = ctx.saved_tensors
-            into = _room(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V)
+            into = _places(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V, ctx.spec.room)
             head = ctx.spec.head(weight_VD, bias_V)
             hidden = hidden_ND.to(ctx.spec.compute)
             _loops(hidden).again(head, hidden, targets_N, norm_N, grad_N, into)
-            found = tuple(into)
+            found = into.hidden_ND, None if ctx.spec.room else into.weight_VD, into.bias_V
         typed = (None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))
         return (*typed, None, None, None)
 
@@ -156,14 +169,23 @@ def _loops(hidden: Tensor) -> ModuleType:
     return logprob_chunks if gpu.refusal(hidden) is None else logprob_tiles
 
 
-def _room(wanted: tuple[bool, ...], *tensors: Tensor | None) -> Gradients:
+def _places(
+    wanted: tuple[bool, ...],
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    room: GradientRoom | None = None,
+) -> Gradients:
     """float32 places for the gradients that are asked for; zeros only where there are no rows to write them."""
-    assert tensors[0] is not None
-    make = torch.empty_like if len(tensors[0]) else torch.zeros_like
-    return Gradients(*(
-        make(x, dtype=torch.float32) if need and x is not None else None
-        for need, x in zip(wanted, tensors, strict=True)
-    ))  # fmt: skip
+    make = torch.empty_like if len(hidden_ND) else torch.zeros_like
+    need_hidden, need_weight, need_bias = wanted
+    weight, begun = None, False
+    if need_weight:
+        weight, begun = room.begin(weight_VD) if room else (make(weight_VD, dtype=torch.float32), False)
+    return Gradients(
+        make(hidden_ND, dtype=torch.float32) if need_hidden else None, weight,
+        make(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None, begun,
+    )  # fmt: skip
 
 
 def _factor(grad_N: Tensor, coefficients_N: Tensor) -> Tensor:

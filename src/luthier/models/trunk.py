@@ -33,6 +33,7 @@ from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
 from luthier.models.attention import ForestUnsupported, Kept, forest_context, kept_rows
 from luthier.models.fused import Fused
+from luthier.models.gradient_room import room_of
 from luthier.models.head import decoder_of
 from luthier.models.last_layer import WORTH, Restricted
 from luthier.models.limits import Limits
@@ -180,9 +181,8 @@ class Trunk:
             return gather_logprobs(self._whole(inputs, scored_N), asked.targets_N)
         hidden, head = self._hidden(inputs, scored_N), _head(self.model)
         if _plain_linear(head):
-            return token_logprobs(
-                hidden, head.weight, asked.targets_N, bias_V=head.bias, head_map=head_map, how=How(asked.coefficients_N)
-            )
+            how = How(asked.coefficients_N, room=room_of(head))
+            return token_logprobs(hidden, head.weight, asked.targets_N, bias_V=head.bias, head_map=head_map, how=how)
         return _chunked(head, hidden, asked.targets_N, head_map)
 
     def _logits(self, inputs: dict[str, Tensor], scored_N: Tensor, asked: Asked) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ def check_in_backward(method: Method, max_grad_norm: float) -> None:
 class InBackward(Single):
     """`Single`, with the optimizer's step inside the last backward."""
 
+    adds_in_place: ClassVar[bool] = False  # the hooks hang on autograd's own accumulation
+
     def __init__(self, device: torch.device, precision: Precision) -> None:
         super().__init__(device, precision)
         self._open = False  # whether gradients that become whole are final
@@ -68,6 +70,7 @@ class InBackward(Single):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def release(self) -> None:
+        super().release()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

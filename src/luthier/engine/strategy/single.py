@@ -2,13 +2,15 @@
 
 Each microbatch's total is divided by the weight of the whole step before its backward, so gradients are those
 of one large batch whatever the split. Totals stay on the device until the last microbatch is done: one
-synchronisation per step. Left out: anything with a second rank.
+synchronisation per step. Gradients of whole trained matrices are added where they lie (models/gradient_room.py).
+Left out: anything with a second rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,19 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.strategy import LossOf
 from luthier.engine.precision import Precision, settle
 from luthier.engine.sums import Sums
+from luthier.models.gradient_room import GradientRoom
 
 
 class Single:
-    """`place` the model, `bind` the optimizer made from what then trains, and step."""
+    """`place` the model, `bind` the optimizer made from what then trains, and step; `release` the model at the end."""
+
+    adds_in_place: ClassVar[bool] = True  # gradients of trained matrices are written where they lie
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self.device, self.precision = device, precision
         self.optimizer: torch.optim.Optimizer | None = None
+        self._model: nn.Module | None = None
+        self._room: GradientRoom | None = None
 
     @property
     def half_done(self) -> str:
@@ -32,13 +39,19 @@ class Single:
         return ""
 
     def release(self) -> None:
-        """Nothing was put into the model."""
+        if self._room is not None:
+            self._room.undo()
+            self._room = None
 
     def place(self, model: nn.Module) -> nn.Module:
-        return settle(model.to(self.device), self.precision)
+        self._model = settle(model.to(self.device), self.precision)
+        return self._model
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        if self.adds_in_place and self._model is not None:
+            self.release()
+            self._room = GradientRoom(self._model)
 
     def all_reduce(self, value: float) -> float:
         return value
@@ -47,13 +60,14 @@ class Single:
         self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
     ) -> tuple[float, dict[str, tuple[float, float]]]:
         sums = Sums()
-        for batch in microbatches:
-            with self.precision.autocast(self.device):
-                found = loss(batch.to(self.device))
-            scaled = found.total / divisor
-            if scaled.requires_grad:
-                scaled.backward()
-            sums.add(found)
+        with nullcontext() if self._room is None else self._room.open():
+            for batch in microbatches:
+                with self.precision.autocast(self.device):
+                    found = loss(batch.to(self.device))
+                scaled = found.total / divisor
+                if scaled.requires_grad:
+                    scaled.backward()
+                sums.add(found)
         return sums.total() / divisor, sums.metrics()
 
     def backward(self, penalty: Tensor | float) -> float:
@@ -77,9 +91,13 @@ class Single:
         self.optimizer.step()
 
     def zero(self) -> None:
+        kept = set() if self._room is None else {id(weight) for weight in self._room.weights}
         for group in self._groups():
             for parameter in group["params"]:
-                parameter.grad = None
+                if id(parameter) not in kept:
+                    parameter.grad = None
+        if self._room is not None:
+            self._room.clear()
 
     def state(self) -> dict[str, Any]:
         return {"strategy": "single", "world": 1, "device": self.device.type, "precision": self.precision.name}
