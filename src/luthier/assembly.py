@@ -6,7 +6,7 @@ most often wrong), then weights, the self-check of packing, the method's sites, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
@@ -102,8 +103,22 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     work = Assembled(
         recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
     )  # fmt: skip
+    if method.looks_at_rows:
+        method.look(loaded.model, _passes(trunk, steps, precision, device))
     work.reference = _reference(work)
     return work
+
+
+def _passes(trunk: Trunk, stream: Stream, precision: Precision, device: torch.device) -> Iterator[Callable[[], None]]:
+    """One forward pass after another over the rows of the first epoch, in the order of training."""
+    for step in range(stream.steps_per_epoch):
+        for batch in stream.step(step):
+
+            def run(batch: Batch = batch) -> None:
+                with torch.no_grad(), precision.autocast(device):
+                    trunk.logprobs(batch.to(device))
+
+            yield run
 
 
 def _open(

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
+from luthier.engine.optimizer import build_optimizer
 from tiny import VOCABULARY, tiny
 
-FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe")
+STORIES = Path(os.environ.get("LUTHIER_TEST_DATA", Path(__file__).resolve().parents[3] / "shared/data"))
+STORIES = STORIES / "models/stories260K-chatml"
+FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories")  # the last: small, but really trained
 TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
 @cache
 def _made(family: str, tied: bool) -> nn.Module:
+    if family == "stories":
+        if not STORIES.is_dir():
+            pytest.skip(f"no {STORIES}")
+        return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     changes = {"tie_word_embeddings": True} if tied and family != "gpt2" else {}
     return tiny(family, **changes)
 
@@ -40,15 +52,16 @@ def loss(model: nn.Module) -> Tensor:
 
 
 def optimizer(method: Method, model: nn.Module) -> torch.optim.Optimizer:
-    keys = ("params", "weight_decay")
-    groups = [{key: group[key] for key in keys if key in group} for group in method.groups(model)]
-    return torch.optim.AdamW(groups, lr=10 * method.default_learning_rate)
+    """The engine's own, at ten times the method's rate and no more than 0.05: few steps must show."""
+    spec = SimpleNamespace(optimizer="adamw", weight_decay=0.01, adam_betas=(0.9, 0.999))
+    return build_optimizer(method, model, spec, min(0.05, 10 * method.default_learning_rate))
 
 
 def train(method: Method, model: nn.Module, steps: int = 3, *, first: int = 0, optim: object = None) -> None:
-    """Steps in the engine's order: backward, penalty, step, after_step, zero."""
+    """Steps in the engine's order: before_step, backward, penalty, step, after_step, zero."""
     optim = optim or optimizer(method, model)
     for step in range(first, first + steps):
+        method.before_step(model, step + 1, 10)
         (loss(model) + method.penalty(model)).backward()
         optim.step()
         method.after_step(model, step + 1, 10)
@@ -67,6 +80,22 @@ def stir(model: nn.Module, scale: float = 0.1) -> None:
 def sample(tokens: list[int], index: int) -> Sample:
     piece = Piece(tokens, [0.0] + [1.0] * (len(tokens) - 1))
     return Sample((piece,), Source("rows.jsonl", index + 1), id=index)
+
+
+def shared_as_batches() -> tuple[Batch, list[Batch]]:
+    """(two trees, each a prompt with two answers, the prompt once; the same four paths as whole rows, one a batch)."""
+    generator = torch.Generator().manual_seed(6)
+    draw = lambda n: torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+    trees, paths = [], []
+    for index, sizes in enumerate(((6, 4, 3), (3, 5, 2))):
+        prompt, *answers = [draw(n) for n in sizes]
+        root = Piece(prompt, [0.0] * len(prompt))
+        leaves = [Piece(answer, [1.0] * len(answer), parent=0) for answer in answers]
+        trees.append(Sample((root, *leaves), Source("trees.jsonl", index + 1), id=index, sequences=(1, 2)))
+        for answer in answers:
+            whole = Piece([*prompt, *answer], [0.0] * len(prompt) + [1.0] * len(answer))
+            paths.append(Sample((whole,), Source("paths.jsonl", len(paths) + 1), id=len(paths)))
+    return collate(trees), [collate([path]) for path in paths]
 
 
 def rows_as_batches() -> tuple[Batch, list[Batch]]:

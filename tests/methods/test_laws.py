@@ -15,11 +15,11 @@ from torch import nn
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
-from luthier.contracts.method import Method
+from luthier.contracts.method import Method, trains
 from luthier.models.probe import open_trunk
 from luthier.models.sites import base_state, sites
 from luthier.recipe import resolve
-from methods.rig import FAMILIES, base, logits, loss, optimizer, rows_as_batches, stir, train
+from methods.rig import FAMILIES, base, logits, loss, optimizer, rows_as_batches, shared_as_batches, stir, train
 
 NAMES = resolve.names("methods")
 Made = tuple[Method, nn.Module, str]
@@ -60,7 +60,7 @@ def test_every_method_runs_on_a_family() -> None:
 
 def test_starts_as_the_base(made: Made) -> None:
     method, model, family = made
-    if reason := getattr(method, "starts_elsewhere", ""):
+    if reason := method.starts_elsewhere:
         pytest.skip(reason)
     torch.testing.assert_close(logits(model), logits(base(family)), atol=1e-6, rtol=0)
 
@@ -75,7 +75,7 @@ def test_trains_only_what_it_declares(made: Made) -> None:
         )
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
-    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert set(grouped) == {id(p) for p in model.parameters() if trains(p)}
     before = {name: p.detach().clone() for name, p in named.items()}
     train(method, model)
     moved = {name for name, p in named.items() if not torch.equal(before[name], p)}
@@ -129,8 +129,8 @@ def test_base_state_is_the_untouched_base(made: Made) -> None:
 def test_tied_weights_stay_one_object_in_base_state(made: Made) -> None:
     _, model, family = made
     state = base_state(model)
-    tied = family == "gpt2"
-    names = ("transformer.wte.weight", "lm_head.weight") if tied else ("model.embed_tokens.weight", "lm_head.weight")
+    embedding = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    tied, names = family in ("gpt2", "stories"), (embedding, "lm_head.weight")
     assert (state[names[0]] is state[names[1]]) == tied
 
 
@@ -198,11 +198,32 @@ def test_packed_is_each_row_alone(made: Made, attention: str) -> None:
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
 
 
+def test_a_shared_prompt_is_each_path_alone(made: Made) -> None:
+    """Two answers to one prompt in a tree, the prompt once: values as of whole rows, gradients too."""
+    method, model, _ = made
+    train(method, model)
+    trunk = open_trunk(model)
+    shared, alone = shared_as_batches()
+    grown = [p for p in model.parameters() if p.requires_grad]
+
+    def run(batches: list) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        found = torch.cat([trunk.logprobs(batch) for batch in batches])
+        slopes = torch.linspace(0.5, 1.5, len(found))
+        return found.detach(), list(torch.autograd.grad(found.dot(slopes), grown, allow_unused=True))
+
+    (together, one), (apart, other) = run([shared]), run(alone)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+    largest = max(float(g.abs().max()) for g in other if g is not None)
+    for mine, theirs in zip(one, other, strict=True):
+        mine, theirs = (torch.zeros(()) if g is None else g for g in (mine, theirs))
+        torch.testing.assert_close(*torch.broadcast_tensors(mine, theirs), atol=1e-4 * max(1.0, largest), rtol=1e-3)
+
+
 def test_footprint_counts_what_is_there(made: Made) -> None:
     method, model, _ = made
     footprint = method.footprint(model)
-    assert footprint.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert footprint.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert footprint.trainable == sum(p.numel() for p in model.parameters() if trains(p))
+    assert footprint.frozen == sum(p.numel() for p in model.parameters() if not trains(p))
     optim = optimizer(method, model)
     loss(model).backward()
     for parameter in model.parameters():
@@ -245,7 +266,7 @@ def test_works_on_bf16_weights(made: Made) -> None:
     model = base(family).to(torch.bfloat16)
     method.attach(model)
     untouched = logits(base(family).to(torch.bfloat16))
-    if not getattr(method, "starts_elsewhere", ""):
+    if not method.starts_elsewhere:
         assert torch.equal(logits(model), untouched)
     train(method, model)
     assert logits(model).dtype == torch.bfloat16

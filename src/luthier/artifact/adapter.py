@@ -226,7 +226,7 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
 def _more_keys(name: Any) -> Mapping[str, Any]:
     """Config keys that a method adds to the allow-list (`config_keys` on its class)."""
     if name in resolve.names("methods"):
-        return getattr(resolve.load("methods", name), "config_keys", {})
+        return resolve.load("methods", name).config_keys
     return {}
 
 

@@ -10,7 +10,7 @@ recipe's schema (`luthier schema --write`): that is how recipes are checked and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +18,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from luthier.contracts.errors import NotMergeable
+
+SCHEDULED = "luthier_scheduled"
+
+
+def trains(parameter: Tensor) -> bool:
+    """Now, or at some step of a schedule: then a method sets the attribute `SCHEDULED` on it when it attaches, and the
+    optimizer and checkpoints count it whether or not it rests at the moment."""
+    return parameter.requires_grad or getattr(parameter, SCHEDULED, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,9 @@ class Method:
     peft_type: ClassVar[str | None] = None  # the `peft_type` of its files, None = own layout or a whole model
     trains_base: ClassVar[bool] = False  # base weights change: the result is a model, `off` needs a frozen copy
     default_learning_rate: ClassVar[float] = 2e-4
+    starts_elsewhere: ClassVar[str] = ""  # why the model does not start as the base, where it does not
+    config_keys: ClassVar[Mapping[str, Any]] = {}  # keys of its files beyond artifact/adapter_config.py: (check, words)
+    looks_at_rows: ClassVar[bool] = False  # `look` wants passes over the first rows before the first step
     virtual_tokens: int = 0  # prompt methods: tokens that the packer reserves per root
 
     def attach(self, model: nn.Module) -> None:
@@ -46,12 +57,17 @@ class Method:
     def check(self, model: nn.Module) -> None:
         """Before a training: RecipeError for a field that names nothing in this model. Not asked of loaded files."""
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay"}.
+    def look(self, model: nn.Module, passes: Iterable[Callable[[], None]]) -> None:
+        """After `attach`, before the first step, of a fresh or resumed run: each of `passes` runs one microbatch of the
+        training rows forward without gradients, so that hooks see activations (EVA). Pure of everything else."""
 
-        Default: one group of all trainable parameters; tensors of one dimension get no weight decay.
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay", "projection"}.
+
+        Default: one group of all parameters that ever train; tensors of one dimension get no weight decay.
+        `projection`: settings of a low-rank projection of the gradients (engine/projected.py).
         """
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if trains(p)]
         decayed = [(name, p) for name, p in named if p.ndim > 1]
         plain = [(name, p) for name, p in named if p.ndim <= 1]
         made = [{"params": [p for _, p in decayed], "names": [name for name, _ in decayed]}]
@@ -61,6 +77,10 @@ class Method:
     def penalty(self, model: nn.Module) -> Tensor | float:
         """A term added once per optimizer step (orthogonality, EWC, L2-SP); not divided by any weight."""
         return 0.0
+
+    def before_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Before the forward passes of step `step` (from 1): what trains in it, where that changes. A pure function of
+        the model's shape and the numbers, so that a resumed run finds the same; see `SCHEDULED`."""
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """After the optimizer's step, gradients still there."""
@@ -94,6 +114,6 @@ class Method:
 
     def footprint(self, model: nn.Module) -> Footprint:
         """Elements that train, that stay frozen, and that the optimizer keeps (two per trained element)."""
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in model.parameters() if trains(p))
         total = sum(p.numel() for p in model.parameters())
         return Footprint(trainable, total - trainable, 2 * trainable)

@@ -75,6 +75,7 @@ def _step(work: Work) -> Iterator[Event]:
     number, started = state.step + 1, time.perf_counter()
     learning_rate = work.base_rate * multiplier(number, work.schedule)
     set_learning_rate(work.optimizer, learning_rate)
+    run.method.before_step(work.model, number, work.steps)
     while True:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)

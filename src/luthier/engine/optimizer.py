@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.errors import CheckpointError, RecipeError
-from luthier.contracts.method import Method
+from luthier.contracts.method import Method, trains
 
 OPTIMIZERS = ("adamw",)
 _EPS = 1e-8
@@ -93,7 +93,7 @@ def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
 def _check(groups: list[dict[str, Any]], model: nn.Module) -> None:
     """Each trainable parameter in exactly one group: neither forgotten nor stepped twice."""
     listed = [id(parameter) for group in groups for parameter in group["params"]]
-    trainable = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {id(parameter): name for name, parameter in model.named_parameters() if trains(parameter)}
     if not listed:
         raise RecipeError("nothing to train", where="method", remedy="the method made no parameter trainable")
     if len(set(listed)) != len(listed) or set(listed) != set(trainable):

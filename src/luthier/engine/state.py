@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.errors import CheckpointError
+from luthier.contracts.method import trains
 
 
 @dataclass
@@ -50,7 +51,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     `named_parameters` names a tied tensor once, so tied weights stay one object through save and load.
     """
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: p.detach() for name, p in model.named_parameters() if trains(p)}
     kept = set(model.state_dict(keep_vars=True))
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 

@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from luthier.contracts.method import trains
+
 ROOM = "luthier_gradient_room"
 
 
@@ -36,7 +38,7 @@ class GradientRoom:
         self._weights: list[nn.Parameter] = list({id(m.weight): m.weight for m in self._modules}.values())
         self._old: set[int] = set()  # weights whose gradient is of an earlier step
         self._standing: dict[int, Tensor] = {}
-        self._hooks = [weight.register_hook(self._guard(weight)) for weight in self._weights]
+        self._hooks = [_hook(weight, self._guard(weight)) for weight in self._weights]
         for module in self._modules:
             module.__dict__[ROOM] = self
             module.__dict__["forward"] = MethodType(_FORWARDS[type(module)], module)
@@ -81,7 +83,7 @@ class GradientRoom:
 
     def takes(self, weight: Tensor, *made_of: Tensor) -> bool:
         """Whether a product of these is this weight's gradient as it is, without casts."""
-        return self._open and weight.is_leaf and all(x.dtype == weight.dtype for x in made_of)
+        return self._open and weight.requires_grad and weight.is_leaf and all(x.dtype == weight.dtype for x in made_of)
 
     def begin(self, weight: Tensor) -> tuple[Tensor, bool]:
         """(its gradient, whether what lies there is of this step and is to be added to)."""
@@ -123,6 +125,16 @@ class GradientRoom:
         return before_autograd_adds
 
 
+def _hook(weight: nn.Parameter, guard: Any) -> Any:
+    """A hook on a parameter, one that rests at the moment included."""
+    rests = not weight.requires_grad
+    weight.requires_grad_(True)
+    hook = weight.register_hook(guard)
+    if rests:
+        weight.requires_grad_(False)
+    return hook
+
+
 def room_of(module: nn.Module) -> GradientRoom | None:
     """The open room that this module's weight belongs to."""
     room: GradientRoom | None = module.__dict__.get(ROOM)
@@ -136,7 +148,7 @@ def _suits(module: nn.Module) -> bool:
     if type(module) is nn.Embedding and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         return False
     weight = module._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.requires_grad
+    return type(weight) is nn.Parameter and trains(weight)
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     AdaptedLinear     y = base(x), then delta(x, y, base)     nn.Linear, GPT-2 Conv1D, quantised linears
     AdaptedEmbedding  y = base(ids), then delta(ids, y, base)
+    AdaptedModule     y = base(...), then delta(x, y): after an attention, a feed-forward block, a layer
     SavedModule       a trainable full copy beside the frozen original (PEFT's `modules_to_save`)
 
 The base is only ever *called*, so method x weight format is never multiplied out. The wrapped module sits under
@@ -92,6 +93,27 @@ class AdaptedEmbedding(Site):
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base_layer(ids)
         return self.delta(ids, y, self.base_layer) if self.on else y
+
+
+class AdaptedModule(Site):
+    """Any module whose first argument is hidden rows (..., D): what it returns first becomes delta(x, y).
+
+    `models/blocks.py` says where the attentions and feed-forward blocks of a model are.
+    """
+
+    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+        super().__init__(base)
+        self.delta = delta
+        delta.train(base.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base_layer(*args, **kwargs)
+        if not self.on:
+            return out
+        x = args[0] if args else kwargs["hidden_states"]
+        if isinstance(out, tuple):
+            return self.delta(x, out[0]), *out[1:]
+        return self.delta(x, out)
 
 
 class SavedModule(Site):
