@@ -20,7 +20,7 @@ from bench.protocol import ROOT
 PLAN: dict[str, tuple[str, ...]] = {
     "sft": ("sft", "--model", "s32k", "--steps", "4"),  # 6
     "sft-128k": ("sft", "--model", "s128k", "--steps", "2", "--systems", "luthier", "trl", "trl_best", "bare"),  # 6.5
-    "full": ("full", "--model", "s32k", "--steps", "2"),  # 4
+    "full": ("full", "--model", "s32k", "--steps", "3"),  # 4
     "dpo": ("dpo", "--model", "s32k", "--steps", "2"),  # 7.5
     "memory": ("memory",),  # 4
     "scale": ("scale", "--steps", "2"),  # 3
