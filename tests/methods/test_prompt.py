@@ -18,9 +18,10 @@ from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.memory import checkpoint_activations
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.p_tuning import PTuning
+from luthier.methods.prefix import PrefixTuning
 from luthier.methods.prompt import PromptTuning
 from luthier.models.load import save_whole
-from luthier.models.probe import open_trunk
+from luthier.models.probe import open_trunk, probe_batch
 from luthier.models.prompt_site import Grown
 from luthier.models.token_rows import attach_rows
 from luthier.recipe.read import read_recipe
@@ -28,6 +29,7 @@ from luthier.sampling.generate import SamplingSpec, generate, room
 from methods.rig import TOKENS, base, logits, loss, rows_as_batches, sample, shared_as_batches, train
 from tiny import tiny, tiny_tokenizer
 from tiny_families import family as other_family
+from tiny_families import logprobs_alone
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -179,6 +181,21 @@ def test_recompute_of_activations_changes_nothing(attention: str) -> None:
         logprobs = trunk.logprobs(batch)
         found.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), ours(model))))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [PromptTuning, PrefixTuning])
+def test_the_length_up_to_which_a_family_packs_counts_them(kind: Any) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 40,
+    }  # fmt: skip
+    model = tiny("llama", rope_parameters=rope, max_position_embeddings=80)
+    trunk, batch = open_trunk(model), probe_batch(290, (-1, 0, 0, -1), (20, 12, 16, 38))
+    assert trunk.facts.limits.allow(batch)
+    kind(num_virtual_tokens=LENGTH).attach(model)
+    assert not trunk.facts.limits.allow(batch, LENGTH)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk.logprobs(batch), logprobs_alone(model, batch), atol=1e-5, rtol=1e-5)
 
 
 def test_a_forest_grows_in_front_of_its_roots() -> None:

@@ -31,6 +31,8 @@ _COUNTED = ("position_ids", "cache_position")
 class DecoderSite(Site):
     """`on`: `packed` or `native` decide; off: the decoder's own call, argument for argument."""
 
+    adds_rows: bool = False  # its virtual tokens are rows of the pack, not only positions
+
     def __init__(self, base: nn.Module, delta: nn.Module) -> None:
         super().__init__(base)
         self.delta = delta
@@ -139,6 +141,7 @@ def row_of(model: nn.Module, tokens: int) -> Tensor:
     return torch.arange(1, 1 + tokens, device=next(model.parameters()).device)[None]
 
 
-def positions_taken(model: nn.Module) -> int:
-    """How many of the model's positions virtual tokens take from every row."""
-    return sum(site.tokens for site in sites(model) if isinstance(site, DecoderSite) and site.on)
+def positions_and_rows(model: nn.Module) -> tuple[int, int]:
+    """(positions that virtual tokens take from every row, rows that they add in front of every root)."""
+    found = [site for site in sites(model) if isinstance(site, DecoderSite) and site.on]
+    return sum(site.tokens for site in found), sum(site.tokens for site in found if site.adds_rows)

@@ -69,6 +69,8 @@ class Grown:
 class PromptSite(DecoderSite):
     """`delta()` gives the embeddings (P, D)."""
 
+    adds_rows = True
+
     @property
     def tokens(self) -> int:
         return len(self.delta())

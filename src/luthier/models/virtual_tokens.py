@@ -56,7 +56,11 @@ class VirtualTokens(nn.Module):
         self.network = network
 
     def forward(self) -> Tensor:
-        return self.rows if self.network is None else self.network(self.rows)
+        if self.network is None:
+            return self.rows
+        with torch.autocast(self.rows.device.type, enabled=False):  # what trains is what is saved
+            made: Tensor = self.network(self.rows)
+        return made
 
     def settle(self, flat: Tensor) -> None:
         """Become plain rows with these values."""
