@@ -25,7 +25,7 @@ SPEC = SimpleNamespace(optimizer="adamw", weight_decay=0.01, adam_betas=(0.9, 0.
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("shape", SHAPES, ids="x".join)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fifty_steps_are_galore_torchs(shape: tuple[int, int], side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two new subspaces on the way; signs of singular vectors fixed as when the numbers were made."""
     monkeypatch.setattr(torch.linalg, "svd", signed_svd)
