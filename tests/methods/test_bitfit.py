@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.methods.bitfit import BitFit
 from luthier.models.sites import base_state, sites, trained_in_place
 from methods.rig import base, logits, loss, optimizer, train
-from transformers import AutoModelForSequenceClassification
 
 
 def made(method: BitFit, family: str) -> nn.Module:

@@ -1,6 +1,9 @@
-"""Freeze: what trains is what a filter on requires_grad says, nothing below it is computed, schedules resume exactly."""
+"""Freeze: what trains is what a filter on requires_grad says, nothing below it is kept, schedules resume exactly."""
 
 from __future__ import annotations
+
+import copy
+import itertools
 
 import pytest
 import torch
@@ -8,14 +11,13 @@ from torch import nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import trains
+from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.precision import Precision, settle
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.freeze import Freeze, layers_open
 from luthier.methods.full import Full
 from luthier.models.parts import parts_of
 from methods.rig import base, logits, loss, optimizer, train
-
-DEEP = {"num_hidden_layers": 4}
 
 
 def made(method: Freeze, family: str = "stories") -> nn.Module:
@@ -88,7 +90,7 @@ def test_nothing_is_kept_below_the_lowest_layer_that_trains() -> None:
         return sum(sizes.values())
 
     counts = [kept(made(Freeze(train_last_n_layers=n))) for n in (0, 1, 2, 3, 5)]
-    steps = [b - a for a, b in zip(counts, counts[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(counts)]
     assert all(step > 0 for step in steps)
     assert kept(made(Freeze(train_last_n_layers=None, freeze_embeddings=False))) >= counts[-1]
     model = made(Freeze())
@@ -144,7 +146,7 @@ def test_a_schedule_resumes_to_the_bit_from_a_checkpoint() -> None:
     train(method, model, 3, optim=first)
     load_trained(twin, {name: t.clone() for name, t in trained_tensors(model).items()})
     second = optimizer(method, twin)
-    second.load_state_dict(first.state_dict())
+    load_state(second, *copy.deepcopy(state_tensors(first)))
     for one, optim in ((model, first), (twin, second)):
         train(method, one, 4, first=3, optim=optim)
     assert torch.equal(logits(model), logits(twin))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import trains
+from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.full import Full
 from luthier.methods.lisa import Lisa, drawn
@@ -72,7 +74,7 @@ def test_a_run_resumes_to_the_bit_in_the_middle_of_a_period() -> None:
     train(method, model, 3, optim=first)
     load_trained(twin, {name: t.clone() for name, t in trained_tensors(model).items()})
     second = optimizer(method, twin)
-    second.load_state_dict(first.state_dict())
+    load_state(second, *copy.deepcopy(state_tensors(first)))
     for one, optim in ((model, first), (twin, second)):
         train(method, one, 4, first=3, optim=optim)
     assert torch.equal(logits(model), logits(twin))

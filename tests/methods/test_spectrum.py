@@ -78,8 +78,8 @@ def test_matrices_without_a_ratio_are_never_chosen() -> None:
 
 
 def test_the_choice_is_made_within_each_type() -> None:
-    ratios = {f"m.layers.{i}.{kind}": value for kind, values in
-              {"q": [3, 1, 2, 9, 5], "mlp.up": [30, 50, 50, 10, 20]}.items() for i, value in enumerate(values)}  # fmt: skip
+    values = {"q": [3, 1, 2, 9, 5], "mlp.up": [30, 50, 50, 10, 20]}
+    ratios = {f"m.layers.{i}.{kind}": value for kind, row in values.items() for i, value in enumerate(row)}
     assert chosen(ratios, 50, highest=True) == [
         "m.layers.3.q", "m.layers.4.q", "m.layers.1.mlp.up", "m.layers.2.mlp.up",
     ]  # fmt: skip

@@ -104,7 +104,7 @@ def _read(file: Path, names: set[str]) -> dict[str, float] | None:
     try:
         value: Any = json.loads(file.read_text("utf-8"))
         found = {str(name): float(ratio) for name, ratio in value.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, AttributeError):
         warnings.warn(f"{file} is not a scan and is made again", stacklevel=2)
