@@ -9,7 +9,7 @@ least one matrix of each type trains. Biases of a chosen linear train with it, n
 for given weights and kept in the user's cache. `unfrozen_parameters` takes the lines that the authors' tool or Axolotl
 gives and skips the scan.
 
-Cost: gradients and moments of the chosen share only; a bare run wants about 0.6 of full fine-tuning's. The result is a
+Cost: gradients and moments of the chosen share, of embeddings and head, and of nothing else. The result is a
 whole model: nothing to merge, a reference is a copy. Needs unquantised weights. Experts kept as one 3-D parameter are
 no linears: they stay frozen unless `unfrozen_parameters` names them.
 """

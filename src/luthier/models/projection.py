@@ -52,21 +52,21 @@ class Projection:
         """Of all slots."""
         return sum(rows * columns for rows, columns in self.slots(shape).values())
 
-    def subspace(self, grad_MN: Tensor) -> dict[str, Tensor]:
+    def subspace(self, grad_OI: Tensor) -> dict[str, Tensor]:
         """The slots `left` and `right` that this gradient spans, in its own type."""
-        side = self.side(grad_MN.shape)
-        u_MK, _, v_KN = torch.linalg.svd(grad_MN.float(), full_matrices=False)
+        side = self.side(grad_OI.shape)
+        u_OK, _, v_KI = torch.linalg.svd(grad_OI.float(), full_matrices=False)
         found = {}
         if side != "left":
-            found["right"] = v_KN[: self.rank].to(grad_MN.dtype).contiguous()
+            found["right"] = v_KI[: self.rank].to(grad_OI.dtype).contiguous()
         if side != "right":
-            found["left"] = u_MK[:, : self.rank].to(grad_MN.dtype).contiguous()
+            found["left"] = u_OK[:, : self.rank].to(grad_OI.dtype).contiguous()
         return found
 
 
-def project(grad_MN: Tensor, basis: dict[str, Tensor]) -> Tensor:
+def project(grad_OI: Tensor, basis: dict[str, Tensor]) -> Tensor:
     """Into the subspace; `basis` as `Projection.subspace` gives it."""
-    low = basis["left"].T @ grad_MN if "left" in basis else grad_MN
+    low = basis["left"].T @ grad_OI if "left" in basis else grad_OI
     return low @ basis["right"].T if "right" in basis else low
 
 
