@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.methods.bitfit import BitFit
-from luthier.models.sites import base_state, sites, trained_in_place
+from luthier.models.sites import base_state, named_sites, sites, trained_in_place
 from methods.rig import base, logits, loss, optimizer, train
 
 
@@ -118,3 +118,22 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = made(BitFit(), "qwen2")
     with pytest.raises(RecipeError, match="already"):
         BitFit().attach(model)
+
+
+def test_added_biases_are_pefts_beft() -> None:
+    """PEFT's own biases on the same linears: logits and gradients with the same values."""
+    peft = pytest.importorskip("peft")
+    ours = made(BitFit(add_bias=True), "llama")
+    targets = [path for path, _ in named_sites(ours)]
+    theirs = peft.get_peft_model(base("llama"), peft.BeftConfig(target_modules=targets))
+    generator = torch.Generator().manual_seed(4)
+    pairs = {path: (site.delta.added_bias, theirs.base_model.model.get_submodule(path).beft_bias["default"])
+             for path, site in named_sites(ours)}  # fmt: skip
+    for mine, other in pairs.values():
+        value = 0.1 * torch.randn(mine.shape, generator=generator)
+        mine.data, other.data = value, value.clone()[None]
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-4)
+    loss(ours).backward()
+    loss(theirs).backward()
+    for mine, other in pairs.values():
+        torch.testing.assert_close(mine.grad, other.grad[0], atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Methods with a schedule or state of their own, through the real loop: a run that stops and goes on is the same run."""
+"""Methods with a schedule or state of their own in the real loop: a run that stops and goes on is the same run."""
 
 from __future__ import annotations
 
