@@ -81,7 +81,7 @@ def test_trains_only_what_it_declares(made: Made) -> None:
     train(method, model)
     moved = {name for name, p in named.items() if not torch.equal(before[name], p)}
     assert moved
-    assert all(named[name].requires_grad for name in moved)
+    assert all(trains(named[name]) for name in moved)
 
 
 def test_first_gradients_are_finite_and_not_all_zero(made: Made) -> None:
@@ -95,8 +95,12 @@ def test_first_gradients_are_finite_and_not_all_zero(made: Made) -> None:
 
 def test_no_gradient_of_frozen_weights_is_asked_for(made: Made) -> None:
     method, model, _ = made
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    assert bool(frozen) == (not method.trains_base)
+    frozen = [p for p in model.parameters() if not trains(p)]
+    grown = [p for p in model.parameters() if p.requires_grad]
+    assert grown
+    assert frozen or method.trains_base  # a method that trains the base may train a part of it only
+    (loss(model) + method.penalty(model)).backward()
+    assert all(p.grad is None for p in frozen)
 
 
 def test_off_is_exactly_the_base_and_comes_back(made: Made) -> None:
@@ -228,8 +232,8 @@ def test_footprint_counts_what_is_there(made: Made) -> None:
     optim = optimizer(method, model)
     loss(model).backward()
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)  # experts without a token
+        if trains(parameter) and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # experts without a token, what rests at this step
     optim.step()
     states = [t for state in optim.state.values() for t in state.values() if t.ndim]
     assert footprint.optimizer_states == sum(t.numel() for t in states)
@@ -284,8 +288,9 @@ def test_training_lowers_the_loss(made: Made) -> None:
 def test_attaching_twice_is_refused(made: Made) -> None:
     method, model, _ = made
     if method.trains_base:
+        chosen = {name for name, p in model.named_parameters() if trains(p)}
         method.attach(model)
-        assert all(p.requires_grad for p in model.parameters())
+        assert {name for name, p in model.named_parameters() if trains(p)} == chosen
         return
     with pytest.raises(RecipeError, match="already"):
         method.attach(model)
