@@ -164,6 +164,12 @@ def forest_context(forest: Forest, kernel: str = "sdpa", kept: Kept | None = Non
         _current.reset(token)
 
 
+def current_forest() -> Forest | None:
+    """The forest of the context in force; None outside any. Not for what activation recompute runs again."""
+    current = _current.get(None)
+    return None if current is None else current[0]
+
+
 def kept_rows() -> Kept | None:
     """What the forest context in force says about the last layer's rows; None outside any."""
     current = _current.get(None)
