@@ -122,16 +122,16 @@ def test_one_expert_is_lora_as_peft_has_it(scope: str, name: str) -> None:
     torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
     mine.square().mean().backward()
     right.square().mean().backward()
-    expected = {
+    grads = {
         key.replace(".default", "").removeprefix("base_model.model."): p.grad for key, p in oracle.named_parameters()
     }
     pairs = [(path, site) for path, site in model.named_modules() if isinstance(site, AdaptedLinear)]
     assert len(pairs) == sum(key.endswith("lora_A.weight") for key in theirs)
     for path, site in pairs:
         for part in ("lora_A", "lora_B"):
-            grad = getattr(site.delta, part).grad.flatten(0, -3)
-            key = f"{path.replace('base_layer.', '')}.{part}.weight"
-            torch.testing.assert_close(grad[0] if grad.ndim > 2 else grad, expected[key], atol=1e-5, rtol=1e-4)
+            expected = grads[f"{path.replace('base_layer.', '')}.{part}.weight"]
+            grad = getattr(site.delta, part).grad.reshape(expected.shape)
+            torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=path: f"{n}: {m}")
 
 
 def test_one_expert_alone_is_what_export_writes(tmp_path: Path) -> None:
@@ -264,7 +264,9 @@ def test_the_gradient_is_autograds_of_the_loss_with_the_load_before() -> None:
         z = (torch.logsumexp(scores, -1).square() * times_T).sum() / times_T.sum()
         total = total + (3.0 * 4 * torch.dot(router.load_E, mean_E) + 0.2 * z) / len(seen)
         chosen = torch.zeros_like(scores).scatter_(1, scores.topk(2, -1).indices, 1.0) * times_T[:, None]
-        exact += float(3.0 * 4 * torch.dot(chosen.sum(0) / times_T.sum(), mean_E) + 0.2 * z) / len(seen)
+        exact += float(3.0 * 4 * torch.dot(chosen.sum(0) / times_T.sum(), mean_E.detach()) + 0.2 * z.detach()) / len(
+            seen
+        )
     assert len(seen) == 2
     total.backward()
     added = gradients(model)
@@ -319,9 +321,9 @@ def test_paths_of_a_forest() -> None:
     assert forest.path_tokens == 3 * 2 + 1 + 2 * 2 + 1 + 4
 
 
-@pytest.mark.parametrize(("coefficient", "even"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize(("coefficient", "even"), [(0.0, False), (0.01, True)])
 def test_the_balance_loss_keeps_experts_in_use(coefficient: float, even: bool) -> None:
-    """From routers that send every token to the same two."""
+    """From routers that send every token to the same two; 0.01 is the default."""
     method = MoLoRA(num_experts=4, r=2, router_aux_loss_coef=coefficient, router_z_loss_coef=0.0)
     torch.manual_seed(0)
     model = base("llama")
@@ -336,7 +338,7 @@ def test_the_balance_loss_keeps_experts_in_use(coefficient: float, even: bool) -
     for hook in hooks:
         hook.remove()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    train(method, model, 40, optim=optimizer)
+    train(method, model, 60, optim=optimizer)
     assert (method.least_load(model) > 0.4) == even
 
 
