@@ -5,6 +5,7 @@ Its balance loss over a step is in test_molora_step.py, the mixture in tensors i
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from luthier.contracts.errors import ModelError, RecipeError
 from luthier.methods.molora import MoLoRA
 from luthier.models.routed import Experts, RoutedBlock, Router, routers
 from luthier.models.sites import AdaptedLinear
-from methods.rig import TOKENS, base, logits, stir
+from methods.rig import TOKENS, base, logits, optimizer, stir, train
 from tiny_families import family
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -262,3 +263,27 @@ def method_of(method: MoLoRA, model: nn.Module) -> MoLoRA:
     """The same, its targets by name as files have them."""
     names = tuple(method.config(model)["target_modules"])
     return replace(method, target_modules=names, lora_alpha=method.alpha)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+def test_the_laws_hold_with_a_router_at_every_linear(name: str, tmp_path: Path) -> None:
+    """What tests/methods/test_laws.py asks of the defaults: off, files, resume."""
+    method, model = MoLoRA(router_scope="linear", top_k=3), base(name)
+    method.attach(model)
+    assert torch.equal(logits(model), logits(base(name)))
+    first = optimizer(method, model)
+    train(method, model, 2, optim=first)
+    middle, state = method.tensors(model), copy.deepcopy(first.state_dict())
+    train(method, model, 2, first=2, optim=first)
+    with method.off(model):
+        assert torch.equal(logits(model), logits(base(name)))
+    save_adapter(tmp_path / "adapter", method, model, base_path="tiny")
+    fresh, twin = base(name), base(name)
+    load_adapter(tmp_path / "adapter", fresh)
+    assert torch.equal(logits(fresh), logits(model))
+    method.attach(twin)
+    method.load(twin, middle)
+    second = optimizer(method, twin)
+    second.load_state_dict(state)
+    train(method, twin, 2, first=2, optim=second)
+    assert torch.equal(logits(twin), logits(model))

@@ -5,7 +5,8 @@
     balance = E sum_e f_e P_e,  f_e = sum_t w_t [e chosen by t] / W,  P_e = sum_t w_t p_te / W,  W = sum_t w_t
 
 The products with x of all experts are one, `x [A_1 .. A_E]^T`; its columns are weighted by the gates (zero for who is
-not chosen) and the products with B are one again: at these ranks that is cheaper than sorting tokens by expert.
+not chosen) and the products with B are one again: at these ranks that is cheaper than sorting tokens by expert (1024
+tokens, 896 to 2432, E 8, K 2, rank 8, forward and backward on one core: 59 ms, sorted 133 ms, the loop 333 ms).
 Saved for the backward: x (the base layer holds it anyway), z = x A^T (T, E R) and the gates; never a (T, out) product.
 
 f is counted as transformers' Mixtral counts it: over tokens, not over choices, so it sums to K, and a balance of K is
