@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from luthier.models.attention import ForestMask, ForestUnsupported, Kept
 from luthier.models.shapes import decoder_layers
 
+EVERY_ROW = "luthier_every_row"  # attribute of a model: true while something in it counts all rows (a router's load)
 WORTH = 0.8  # of the rows kept; above it the second pass costs what it saves
 
 

@@ -36,7 +36,7 @@ from luthier.models.decoder_site import positions_and_rows
 from luthier.models.fused import Fused
 from luthier.models.gradient_room import room_of
 from luthier.models.head import decoder_of
-from luthier.models.last_layer import WORTH, Restricted
+from luthier.models.last_layer import EVERY_ROW, WORTH, Restricted
 from luthier.models.limits import Limits
 from luthier.models.logprobs import HeadMap, How, gather_logprobs, token_logprobs
 from luthier.models.score_head import score_head, scores
@@ -144,6 +144,8 @@ class Trunk:
     def _kept(self, batch: Batch) -> Kept | None:
         """The rows that the last layer computes; None: all, where few are left out or the head is not known apart."""
         if self._restricted is None or self.facts.head_map is None or not batch.scored:
+            return None
+        if getattr(self.model, EVERY_ROW, False):
             return None
         kept = Kept.of(batch.forest, batch.scored_N)
         return kept if len(kept.rows_K) <= WORTH * batch.tokens else None
