@@ -90,7 +90,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(f"snr {_FORMAT}".encode())
     for name, weight in weights.items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
     return found.hexdigest()
 
 
