@@ -51,8 +51,11 @@ def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: 
 
 def of_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> torch.optim.Optimizer:
     """An optimizer of the same kind for a single parameter of a group, with the very state of the large one."""
-    settings = {key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group}
-    one = type(optimizer)([{"params": [parameter], **settings}], lr=group["lr"])
+    settings: dict[str, Any] = {
+        key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group
+    }
+    kind: Any = type(optimizer)
+    one: torch.optim.Optimizer = kind([settings | {"params": [parameter]}], lr=group["lr"])
     one.state = optimizer.state
     return one
 

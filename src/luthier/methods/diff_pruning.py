@@ -73,7 +73,7 @@ class DiffPruning(Method):
 
     target_density: Annotated[float, Field(gt=0, le=1)] = _doc(0.005, "share of the target weights that may change")
     prune_at: Annotated[float, Field(gt=0, le=1)] = _doc(
-        0.5, "share of the steps for gates; in the rest only the kept entries train"
+        0.3, "share of the steps for gates; in the rest only the kept entries train"
     )
     sparsity_pen: Annotated[float, Field(ge=0)] = _doc(1.25e-7, "price of one open gate, added to the loss")
     structured: bool = _doc(True, "one more gate for each matrix, so that whole matrices can close")
