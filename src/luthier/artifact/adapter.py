@@ -102,7 +102,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     side = read_json(directory / SIDE) if (directory / SIDE).exists() else {}
     _check_side(side, str(directory / SIDE))
     given = read_json(directory / CONFIG)
-    more = _more_keys(side.get("method"))
+    more = _more_keys(side.get("method"), given.get("peft_type"))
     config, notes = check_config({**given, **side.get("fields", {})}, str(directory / CONFIG), more)
     return AdapterFile(directory, config, side, read_tensors(directory / TENSORS), tuple(notes))
 
@@ -172,6 +172,7 @@ def _explicit(method: Method, file: AdapterFile) -> Method:
     if not any(isinstance(getattr(method, name, None), str) for name in ("target_modules", "exclude_modules")):
         return method
     own, _ = _split(file.tensors)
+    own = {name: tensor for name, tensor in own.items() if name.startswith(peft_names.PREFIX)}
     names = [name for name in own if not name.endswith((".bias", ".base_layer.weight"))]
     saved: Sequence[str] = getattr(method, "modules_to_save", None) or ()
     saved = (*saved, *PEFT_HEADS) if file.reads == "scores" else saved
@@ -223,11 +224,13 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
     return kept
 
 
-def _more_keys(name: Any) -> Mapping[str, Any]:
-    """Config keys that a method adds to the allow-list (`config_keys` on its class)."""
-    if name in resolve.names("methods"):
-        return resolve.load("methods", name).config_keys
-    return {}
+def _more_keys(name: Any, kind: Any) -> Mapping[str, Any]:
+    """Config keys that methods add to the allow-list (`config_keys`): the named method, or all of a type."""
+    known = resolve.names("methods")
+    if name:
+        return resolve.load("methods", name).config_keys if name in known else {}
+    classes = [resolve.load("methods", each) for each in known]
+    return {key: check for each in classes if each.peft_type == kind for key, check in each.config_keys.items()}
 
 
 def _check_side(side: Mapping[str, Any], where: str) -> None:
