@@ -335,3 +335,12 @@ def test_a_base_that_cannot_take_the_change_is_left_alone() -> None:
     with pytest.raises(NotMergeable):
         method.merge(model)
     assert torch.equal(sites(model)[0].base_layer.weight, before)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_config_has_only_keys_that_peft_knows(tmp_path: Path) -> None:
+    method, model = AdaLoRA(), base("llama")
+    method.attach(model)
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
+    read = peft.AdaLoraConfig.from_pretrained(str(tmp_path / "a"))
+    assert (read.init_r, read.target_r, read.lora_alpha, read.rank_pattern) == (12, 8, 24, None)

@@ -159,10 +159,10 @@ def test_experts_are_refused_with_a_way_on() -> None:
     ({"hidden_size": 4096, "intermediate_size": 14_336, "num_key_value_heads": 8, "vocab_size": 128_256}, 524_288),
 ], ids=["Llama 7B", "Llama 3.1 8B"])  # fmt: skip
 def test_trained_numbers_of_known_shapes(sizes: dict[str, int], count: int) -> None:
-    """L (2 kv + ffn), on models without storage."""
+    """L (2 kv + ffn), on models without storage; those cannot be run, so the places are named."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
-    method = IA3()
+    method = IA3(target_modules=PLACES, feedforward_modules=["down_proj"])
     method.attach(model)
     assert method.footprint(model).trainable == count
 
@@ -200,3 +200,11 @@ def test_names_that_are_nothing_are_refused() -> None:
             IA3(**fields).check(base("llama"))
     with pytest.raises(RecipeError, match="embedding"):
         IA3(target_modules=["embed_tokens"]).attach(base("llama"))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_config_has_only_keys_that_peft_knows(tmp_path: Path) -> None:
+    method, model = IA3(), base("llama")
+    method.attach(model)
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
+    assert peft.IA3Config.from_pretrained(str(tmp_path / "a")).feedforward_modules == {"down_proj"}

@@ -230,3 +230,26 @@ def test_a_file_with_trained_biases_is_refused(tmp_path: Path) -> None:
     oracle.save_pretrained(tmp_path / "a")
     with pytest.raises(LuthierError, match="bias"):
         load_adapter(tmp_path / "a", base("qwen2"))
+
+
+def test_exclusion_is_written_as_names(tmp_path: Path) -> None:
+    """PEFT's VeRA has no `exclude_modules`: the file names what is left."""
+    method, model = VeRA(r=8, exclude_modules=["layers.0.mlp.up_proj", "k_proj"]), base("llama")
+    method.attach(model)
+    stir(model)
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
+    for file in ("luthier.json", None):
+        oracle = peft.PeftModel.from_pretrained(base("llama"), tmp_path / "a").eval()
+        torch.testing.assert_close(logits(model), logits(oracle), atol=1e-5, rtol=1e-4)
+        again = base("llama")
+        load_adapter(tmp_path / "a", again)
+        assert torch.equal(logits(again), logits(model))
+        if file:
+            (tmp_path / "a" / file).unlink()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_config_has_only_keys_that_peft_knows(tmp_path: Path) -> None:
+    method, model = ours(CASES["all linears"])
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
+    assert peft.VeraConfig.from_pretrained(str(tmp_path / "a")).r == 24

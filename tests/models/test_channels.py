@@ -69,9 +69,10 @@ def test_looking_changes_nothing() -> None:
     tokens = torch.arange(12)[None]
     before, state = model(input_ids=tokens).logits, copy.deepcopy(model.state_dict())
     open_trunk(model)
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     found = channels(model)
     assert [layer.feed_forward for layer in found] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
     assert all(p.grad is None for p in model.parameters())
     again = family("llama")
     channels(again)

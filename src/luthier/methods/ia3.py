@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names
-from luthier.models.adapting import adapt, known_fields, listed, saved_with_head, settle, where
+from luthier.models.adapting import adapt, known_fields, listed, refuse_second, saved_with_head, settle, where
 from luthier.models.channels import channels
 from luthier.models.rescale import InputScale, OutputScale, fold_scales
 from luthier.models.sites import AdaptedInput, AdaptedLinear, Site, named_sites, switched_off
@@ -101,6 +101,7 @@ class IA3(Method):
                               value=self.feedforward_modules, remedy="take names of target_modules")  # fmt: skip
 
     def attach(self, model: nn.Module) -> None:
+        refuse_second(model)
         ones = self.init_ia3_weights
         targets, ends = self.places(model)
 

@@ -55,6 +55,9 @@ def _doc(default: Any, doc: str) -> Any:
 class Core(nn.Module):
     """R between two frozen factors. Buffers lora_xs_A (r, in), lora_xs_B (out, r); parameter lora_xs_R (r, r)."""
 
+    lora_xs_A: Tensor
+    lora_xs_B: Tensor
+
     def __init__(self, a_RD: Tensor, b_OR: Tensor, scale: float, dropout: float) -> None:
         super().__init__()
         self.scale, self.dropout = scale, dropout
@@ -66,16 +69,16 @@ class Core(nn.Module):
         """The pair (R, B) on z = A x: the backward never makes anything larger than (T, r) but dx."""
         dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
         own = dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(self.lora_xs_R.dtype)
-        z = functional.linear(own, torch.as_tensor(self.lora_xs_A))
-        return low_rank(y, z, self.lora_xs_R, torch.as_tensor(self.lora_xs_B), self.scale)
+        z = functional.linear(own, self.lora_xs_A)
+        return low_rank(y, z, self.lora_xs_R, self.lora_xs_B, self.scale)
 
     def right(self) -> Tensor:
         """B R, (out, r), fp32: what stands as lora_B in the plain LoRA."""
-        return torch.as_tensor(self.lora_xs_B).float() @ self.lora_xs_R.detach().float()
+        return self.lora_xs_B.float() @ self.lora_xs_R.detach().float()
 
     def weight(self) -> Tensor:
         """s B R A, (out, in), fp32."""
-        return self.scale * (self.right() @ torch.as_tensor(self.lora_xs_A).float())
+        return self.scale * (self.right() @ self.lora_xs_A.float())
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("lora_xs_A", "lora_xs_B", "lora_xs_R")}

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from luthier.models.adapting import (
     known_fields,
     layers,
     linear_targets,
+    names_of_adapted,
     saved_with_head,
     settle,
     where,
@@ -133,9 +133,13 @@ class VeRA(Method):
         peft_names.restore(model, tensors, {**peft_names.live(model), **taken})
 
     def config(self, model: nn.Module) -> dict[str, Any]:
+        """PEFT's keys, which know no exclusion: where something is excluded, what is adapted is named."""
         targets = self.targets(model)
+        said = where(model, targets)
+        if said.pop("exclude_modules"):
+            said["target_modules"] = names_of_adapted(model)
         return {
-            "peft_type": "VERA", **where(model, targets), **layers(targets), "r": self.r, "bias": "none",
+            "peft_type": "VERA", **said, **layers(targets), "r": self.r, "bias": "none",
             "d_initial": self.d_initial, "projection_prng_key": self.projection_prng_key,
             "save_projection": self.save_projection, "vera_dropout": self.vera_dropout, "init_weights": True,
         }  # fmt: skip
@@ -148,4 +152,4 @@ class VeRA(Method):
 def _pair(model: nn.Module) -> dict[str, Tensor]:
     """The one shared pair under its names in a file."""
     shared = next(module for module in model.modules() if isinstance(module, SharedPair))
-    return {f"{_PREFIX}{name}": torch.as_tensor(getattr(shared, name)) for name in _PAIR}
+    return {f"{_PREFIX}{name}": getattr(shared, name) for name in _PAIR}

@@ -52,10 +52,15 @@ def linear_targets(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     return found
 
 
-def adapt(model: nn.Module, targets: Targets, make: Make) -> None:
-    """`make(path, linear)` at each target; refuses a second adapter and a weight that others share."""
+def refuse_second(model: nn.Module) -> None:
+    """RecipeError where sites are there already."""
     if sites(model):
         raise RecipeError("the model already carries an adapter", where="method", remedy="merge or detach it first")
+
+
+def adapt(model: nn.Module, targets: Targets, make: Make) -> None:
+    """`make(path, linear)` at each target; refuses a second adapter and a weight that others share."""
+    refuse_second(model)
     found, saved = linear_targets(model, targets), find_saved(model, targets.modules_to_save)
     for path in (*found, *saved):
         if others := tied_to(model, path):
@@ -100,12 +105,17 @@ def where(model: nn.Module, targets: Targets) -> dict[str, Any]:
     inner = [_innermost(site) for site in adapted.values()]
     wanted: Any = targets.target_modules
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        wanted = shortest_names(model, list(adapted))
+        wanted = names_of_adapted(model)
     return {
         "task_type": task_type(model), "target_modules": listed(wanted),
         "exclude_modules": listed(targets.exclude_modules), "modules_to_save": listed(targets.modules_to_save) or None,
         "fan_in_fan_out": bool(inner) and all(isinstance(module, Conv1D) for module in inner),
     }  # fmt: skip
+
+
+def names_of_adapted(model: nn.Module) -> list[str]:
+    """Names that select exactly what carries a delta."""
+    return shortest_names(model, [path for path, site in named_sites(model) if not isinstance(site, SavedModule)])
 
 
 def layers(targets: Targets) -> dict[str, Any]:

@@ -31,6 +31,9 @@ _APART = 1e-5  # PEFT's guard against a rank of zero, part of the scale
 class Triplets(nn.Module):
     """The triplets beside one linear. `kept_R`: what the last allocation left; all of them before the first."""
 
+    kept_R: Tensor
+    steps: Tensor
+
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         inputs, outputs = features(base)

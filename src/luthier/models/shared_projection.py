@@ -30,6 +30,9 @@ from luthier.models.sites import features
 class SharedPair(nn.Module):
     """A (R, largest in) and B (largest out, R), frozen; the very same module at every site."""
 
+    vera_A: Tensor
+    vera_B: Tensor
+
     def __init__(self, rank: int, inputs: int, outputs: int, *, key: int, saved: bool) -> None:
         super().__init__()
         generator = torch.Generator(device="cpu").manual_seed(key)
@@ -52,11 +55,11 @@ class Vectors(nn.Module):
 
     @property
     def a_RD(self) -> Tensor:
-        return self.shared.vera_A[:, : self.inputs]  # type: ignore[no-any-return, index]
+        return self.shared.vera_A[:, : self.inputs]
 
     @property
     def b_OR(self) -> Tensor:
-        return self.shared.vera_B[: self.outputs]  # type: ignore[no-any-return, index]
+        return self.shared.vera_B[: self.outputs]
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
