@@ -15,7 +15,8 @@ the pruned ones are there with lambda zero, so that the result is the same bit f
 `tinit` and `tfinal` are shares of the run where they are left out: a tenth of the steps at first, three tenths at last.
 PEFT's 0 and 0 begin to prune at step 1, on importances of one batch, and leave no step for what remains.
 Exemption from "no section over 12 fields": parity of names with PEFT. Left out: embeddings, `bias`, ranks that differ
-at the start, rank-stabilised scale. `train.optimizer_in_backward` is refused: the penalty needs a whole step.
+at the start, rank-stabilised scale. `train.optimizer_in_backward` is refused: importance reads the gradients after
+the step.
 """
 
 from __future__ import annotations
