@@ -76,7 +76,7 @@ class AdaLoRA(Method):
     paper: ClassVar[str] = "arXiv:2303.10512"
     mergeable: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "ADALORA"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 2e-3
     config_keys: ClassVar[Mapping[str, Any]] = {
         "target_r": (lambda v: type(v) is int and 0 <= v <= 4096, "a rank"),
         "init_r": (lambda v: type(v) is int and 1 <= v <= 4096, "a rank"),

@@ -6,9 +6,9 @@ arXiv:2310.11454; names, draws and file are PEFT's (`peft_type: VERA`). A and B 
 `projection_prng_key` (models/shared_projection.py); b is zero, so the model starts as the base. No alpha.
 
 When: many adapters must be stored or served: some hundred times fewer trained numbers than LoRA, sum of (out + r).
-Cost: the rank must be large (256), so a step does more arithmetic than LoRA at r 16, and the learning rate is ten times
-LoRA's. With `save_projection` A and B are in the file and once in each checkpoint; without, they are drawn again from
-the key, which is exact only where torch draws alike. Cannot: another scale of A and B, embeddings, `bias`.
+Cost: the rank must be large (256), so a step does more arithmetic than LoRA at r 16, and the learning rate is twenty
+times LoRA's. With `save_projection` A and B are in the file and once in each checkpoint; without, they are drawn again
+from the key, which is exact only where torch draws alike. Cannot: another scale of A and B, embeddings, `bias`.
 """
 
 from __future__ import annotations
