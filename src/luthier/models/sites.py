@@ -1,6 +1,7 @@
 """Sites: the only way into a model. A module is swapped in place for a `Site` that calls it and edits the result.
 
     AdaptedLinear     y = base(x), then delta(x, y, base)     nn.Linear, GPT-2 Conv1D, quantised linears
+    AdaptedInput      y = base(delta(x))                      a linear whose input is edited
     AdaptedEmbedding  y = base(ids), then delta(ids, y, base)
     AdaptedModule     y = base(...), then delta(x, y): after an attention, a feed-forward block, a layer
     SavedModule       a trainable full copy beside the frozen original (PEFT's `modules_to_save`)
@@ -80,6 +81,19 @@ class AdaptedLinear(Site):
             return made  # type: ignore[no-any-return]
         y: Tensor = self.base_layer(x)
         return self.delta(x, y, self.base_layer) if self.on else y
+
+
+class AdaptedInput(Site):
+    """y = base(delta(x)): what goes into a linear is edited, not what comes out."""
+
+    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+        super().__init__(base)
+        self.delta = delta
+        delta.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(self.delta(x) if self.on else x)
+        return y
 
 
 class AdaptedEmbedding(Site):
