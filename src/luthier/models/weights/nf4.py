@@ -43,8 +43,8 @@ def quantise(weight: Tensor, block: int = BLOCK) -> NF4:
     absmax = blocks.abs().amax(1)
     scaled = blocks / absmax.clamp_min(_SMALLEST)[:, None]
     table = torch.tensor(CODE, device=flat.device)
-    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8).view(-1)[: flat.numel()]
-    codes = functional.pad(codes, (0, codes.numel() % 2))
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8).view(-1)
+    codes = functional.pad(codes, (0, 1), value=CODE.index(0.0))[: flat.numel() + flat.numel() % 2]  # half a byte left
     return NF4(codes[0::2] << 4 | codes[1::2], absmax, tuple(weight.shape), block)
 
 
