@@ -74,7 +74,7 @@ class LowRank(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) whose product is added: the pair, or with its start taken off, as one pair of twice the rank."""
-        if self.start_A is None:
+        if self.start_A is None or self.minus_start_B is None:
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, self.minus_start_B), 1)
 
