@@ -68,9 +68,10 @@ class Method:
         training rows forward without gradients, so that hooks see activations (EVA). Pure of everything else."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay", "projection"}.
+        """Optimizer groups: {"params": [...], "names": [...]} and what a group has of its own.
 
         Default: one group of all parameters that ever train; tensors of one dimension get no weight decay.
+        `lr_scale`: times the run's rate; `lr`: a peak rate under the same schedule; `weight_decay`.
         `projection`: settings of a low-rank projection of the gradients (engine/projected.py).
         """
         named = [(name, p) for name, p in model.named_parameters() if trains(p)]
