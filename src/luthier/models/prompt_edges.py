@@ -1,0 +1,283 @@
+"""Which rows of the hidden states are a prompt's first and last tokens: what methods that edit prompts ask.
+
+    prompt of a path      the n tokens before its first target; of a native call all tokens but padding
+    f7+l7                 its first p' = min(7, n // 2) and its last q' = min(7, n - n // 2) tokens, never one twice
+    f3, l1                its first min(3, n), or its last min(1, n)
+
+The trunk says whose batch runs (`prompts_of`), `PromptWatch` stands around the decoder and says it of native calls: the
+pass that fills an empty cache is the prompt, later passes edit nothing. Rows are worked out when the first site asks,
+on the CPU, once per batch. A shared prompt is edited once for all of its answers; answers that disagree about which
+shared rows to edit (one of them begins with tokens that are not trained) are refused by the row they come from.
+
+The facts are a context of the forward pass. Sites stand around layers, and transformers recomputes inside layers, so
+no site runs again in the backward pass; one that is made to, by a checkpoint around it, raises: it never guesses.
+Left out: prompts that arrive in pieces (chunked prefill), and caches whose mask does not show the padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from luthier.contracts.batch import Batch
+from luthier.contracts.errors import DataError, ModelError, RecipeError
+from luthier.models.attention import kept_rows
+from luthier.models.head import decoder_of
+from luthier.models.sites import Site, locate, original_name, replace
+from luthier.models.unpacked import leaves
+
+NEITHER, FIRST, LAST = 0, 1, 2
+_NO_TARGET = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """How many tokens at a prompt's start and at its end."""
+
+    first: int
+    last: int
+
+    def of(self, prompt: int) -> tuple[int, int]:
+        """(p', q') for a prompt of this many tokens."""
+        both = bool(self.first and self.last)
+        return min(self.first, prompt // 2 if both else prompt), min(self.last, prompt - prompt // 2 * both)
+
+
+def parse_positions(text: str) -> Edges | None:
+    """`f7+l7`, `f3` or `l1`; None for `all`."""
+    found = re.fullmatch(r"f(\d{1,6})(?:\+l(\d{1,6}))?|l(\d{1,6})", text) if isinstance(text, str) else None
+    numbers = [int(number) for number in found.groups() if number is not None] if found else []
+    if text != "all" and (not numbers or 0 in numbers):
+        raise RecipeError(
+            "not a place in the prompt", where="method.positions", value=text,
+            remedy="f7+l7 (the first 7 and the last 7 tokens of the prompt), f3, l1, or all",
+        )  # fmt: skip
+    if not found:
+        return None
+    first, beside, last = (int(number or 0) for number in found.groups())
+    return Edges(first, beside or last)
+
+
+class Prompts:
+    """What is known of the prompts in one run of the decoder."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Edges, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def labels(self, edges: Edges) -> Tensor:
+        """NEITHER, FIRST or LAST for every row, int8 on the CPU."""
+        raise NotImplementedError
+
+    def rows(self, edges: Edges, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices of the first and of the last rows among `count`: all of them, or those that the last layer keeps."""
+        key = (edges, count, device)
+        if key not in self._found:
+            labels, kept = self.labels(edges), kept_rows()
+            if kept is not None and len(kept.rows_K) == count != len(labels):
+                labels = labels[kept.rows_K.cpu()]
+            if len(labels) != count:
+                raise ModelError(f"a layer returns {count} rows where {len(labels)} tokens came in",
+                                 where="method.positions", remedy="use positions: all")  # fmt: skip
+            first, last = ((labels == which).nonzero().flatten().to(device) for which in (FIRST, LAST))
+            self._found[key] = first, last
+        return self._found[key]
+
+
+class _Nothing(Prompts):
+    """No row belongs to a prompt."""
+
+    def rows(self, edges: Edges, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return none, none
+
+
+class _OfBatch(Prompts):
+    """Of a packed batch, or of the rows of it that are run instead (any shape)."""
+
+    def __init__(self, batch: Batch, rows: Tensor | None) -> None:
+        super().__init__()
+        self.batch, self.picked = batch, rows
+
+    def labels(self, edges: Edges) -> Tensor:
+        known = _KNOWN.setdefault(self.batch, {})
+        if edges not in known:
+            known[edges] = batch_labels(self.batch, edges)
+        return known[edges] if self.picked is None else known[edges][self.picked.flatten().cpu()]
+
+
+class _OfCall(Prompts):
+    """Of a native call that fills an empty cache, or has none."""
+
+    def __init__(self, real_BT: Tensor) -> None:
+        super().__init__()
+        self.real_BT = real_BT
+
+    def labels(self, edges: Edges) -> Tensor:
+        return row_labels(self.real_BT.cpu(), edges).flatten()
+
+
+_KNOWN: WeakKeyDictionary[Batch, dict[Edges, Tensor]] = WeakKeyDictionary()
+_current: ContextVar[Prompts | None] = ContextVar("luthier_prompts", default=None)
+
+
+def edited_rows(edges: Edges, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For a site: (first rows, last rows) among the `count` rows that its layer returned now."""
+    current = _current.get()
+    if current is None:
+        raise ModelError(
+            "a layer that edits its prompt runs outside the model's forward pass: where the prompt ends is not known",
+            remedy="call the model, not the layer; recompute activations by engine.checkpoint_activations",
+        )  # fmt: skip
+    return current.rows(edges, count, device)
+
+
+@contextmanager
+def _known(prompts: Prompts) -> Iterator[None]:
+    """Within it these are the facts, unless something around it has said others."""
+    if _current.get() is not None:
+        yield
+        return
+    token = _current.set(prompts)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def prompts_of(batch: Batch, rows: Tensor | None = None) -> Any:
+    """Context: the decoder runs this batch, packed, or these rows of it."""
+    return _known(_OfBatch(batch, rows))
+
+
+def nothing_edited() -> Any:
+    """Context: whatever runs, no row is a prompt's. For checks of a family that cut and join rows as they like."""
+    return _known(_Nothing())
+
+
+class PromptWatch(Site):
+    """Around the decoder: within its native calls, sites know the prompts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on or _current.get() is not None:
+            return self.base_layer(*args, **kwargs)
+        with _known(_of_call(self.base_layer, args, kwargs)):
+            return self.base_layer(*args, **kwargs)
+
+
+def watch_prompts(model: nn.Module) -> None:
+    """Put a `PromptWatch` around the decoder; call it after the sites inside."""
+    decoder = decoder_of(model)
+    path = next((name for name, module in model.named_modules() if module is decoder and name), None)
+    if decoder is None or path is None:
+        raise RecipeError(
+            "this model's decoder is no part of its own, so where a prompt ends cannot be followed",
+            where="method.positions", value=type(model).__name__, remedy="use positions: all",
+        )  # fmt: skip
+    replace(model, locate(model, original_name(path)), PromptWatch(decoder))
+
+
+def _of_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompts:
+    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given = {**kwargs, **bound}
+    if any(_filled(given.get(name)) for name in ("past_key_values", "cache_params")):
+        return _Nothing()
+    tokens = given.get("input_ids")
+    rows = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(rows, Tensor):
+        raise ModelError("a call without input_ids or inputs_embeds", value=type(decoder).__name__)
+    batch, length = rows.shape[:2]
+    mask = given.get("attention_mask")
+    if mask is None:
+        return _OfCall(torch.ones(batch, length, dtype=torch.bool))
+    if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+        raise ModelError(
+            "the attention mask does not show which tokens are padding", where="attention_mask",
+            value=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
+            remedy=f"give a mask of {batch} x {length} ones and zeros",
+        )  # fmt: skip
+    return _OfCall(mask != 0)
+
+
+def _filled(cache: Any) -> bool:
+    """Has this cache seen tokens? Caches of attention know their length, those of state-space layers their state."""
+    if cache is None:
+        return False
+    for question in ("get_seq_length", "has_previous_state"):
+        try:
+            return int(getattr(cache, question)()) > 0
+        except (AttributeError, ValueError):
+            continue  # a cache of the other kind of layers only
+    raise ModelError("this cache does not tell whether it has seen tokens", value=type(cache).__name__)
+
+
+def row_labels(real_BT: Tensor, edges: Edges) -> Tensor:
+    """int8 (B, T) for whole rows that are prompts; False in `real_BT` is padding, on either side."""
+    labels_BT = torch.zeros(real_BT.shape, dtype=torch.int8)
+    offset_BT = real_BT.cumsum(1) - 1
+    for row, prompt in enumerate(real_BT.sum(1).tolist()):
+        p, q = edges.of(prompt)
+        labels_BT[row, real_BT[row] & (offset_BT[row] < p)] = FIRST
+        labels_BT[row, real_BT[row] & (offset_BT[row] >= prompt - q)] = LAST
+    return labels_BT
+
+
+def batch_labels(batch: Batch, edges: Edges) -> Tensor:
+    """int8 (T,) for a packed forest: every path's prompt by its first target; DataError where paths disagree."""
+    forest = batch.forest
+    first_target_S = _first_targets(batch)
+    asked: dict[int, list[int]] = {}  # packed row -> a label from every path that edits it
+    paths_S = [0] * len(forest)  # paths with a target through each segment
+    segment_of: dict[int, int] = {}
+    for leaf in leaves(forest):
+        chain = forest.chain(leaf)
+        prompt = min(first_target_S[s] for s in chain)
+        if prompt == _NO_TARGET:
+            continue  # nothing of this path is read
+        p, q = edges.of(prompt)
+        for s in chain:
+            paths_S[s] += 1
+            begin, shift = forest.first_position[s], forest.start[s] - forest.first_position[s]
+            end = begin + forest.end[s] - forest.start[s]
+            for label, low, high in ((FIRST, 0, p), (LAST, prompt - q, prompt)):
+                for offset in range(max(low, begin), min(high, end)):
+                    asked.setdefault(offset + shift, []).append(label)
+                    segment_of[offset + shift] = s
+    for row, labels in asked.items():
+        if len(labels) != paths_S[segment_of[row]] or len(set(labels)) > 1:
+            _disagree(batch, segment_of[row])
+    labels_T = torch.zeros(forest.tokens, dtype=torch.int8)
+    if asked:
+        labels_T[torch.tensor(list(asked))] = torch.tensor([labels[0] for labels in asked.values()], dtype=torch.int8)
+    return labels_T
+
+
+def _first_targets(batch: Batch) -> list[int]:
+    """Of each segment, how many tokens of its path come before its first target (a huge number without one)."""
+    forest = batch.forest
+    start_S, end_S, position_S = (torch.tensor(x) for x in (forest.start, forest.end, forest.first_position))
+    rows_N = batch.scored_N.cpu()
+    owner_N = rows_N  # the target lies in the segment of its sequence, where the batch says which that is
+    if batch.last_Q is not None and len(batch.sequence_N) == len(rows_N):
+        owner_N = batch.last_Q.cpu()[batch.sequence_N.cpu()]
+    segment_N = torch.searchsorted(end_S, owner_N, right=True)
+    before_N = position_S[segment_N] + (rows_N - start_S[segment_N] + 1).clamp(min=0)
+    found_S = torch.full((len(forest),), _NO_TARGET).scatter_reduce(0, segment_N, before_N, "amin")
+    return [int(found) for found in found_S]
+
+
+def _disagree(batch: Batch, segment: int) -> None:
+    source = batch.sources[batch.segment_sample[segment]] if batch.sources else None
+    raise DataError(
+        "two answers share a prompt and do not agree where it ends: one begins with tokens that are not trained",
+        where=None if source is None else str(source),
+        remedy="let every answer begin with a trained token, or use positions: all",
+    )  # fmt: skip
