@@ -171,7 +171,7 @@ def to_pyreft(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Our tensors -> pyreft's state of each intervention, by the name of its file without `intkey_` and `.bin`.
 
     `<...>.{layer}.{prefix|suffix|shared|all}.{R,W,b}` -> `layer_{layer}_comp_block_output_unit_pos_nunit_1#{0|1}`
-    with `weight` W, `bias` b and `rotate_layer` R' (D, R). Of loreft and direft; the others have no such state there.
+    with `weight` W, `bias` b and `rotate_layer` R' (D, R). Of loreft: the other classes save no such state there.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -191,7 +191,7 @@ def from_pyreft(states: Mapping[str, Mapping[str, Tensor]], stem: str, places: t
     for key, state in states.items():
         layer, number = key.split("_")[1], int(key.rpartition("#")[2])
         if number >= len(places) or set(state) != set(ours):
-            raise ModelError("not a state of loreft or direft", value=f"{key}: {', '.join(state)}")
+            raise ModelError("not a state of loreft", value=f"{key}: {', '.join(state)}")
         for name, tensor in state.items():
             kind = ours[name]
             found[f"{stem}.{layer}.{places[number]}.{kind}"] = (tensor.T if kind == "R" else tensor).contiguous()
