@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.batch import Batch
-from luthier.contracts.errors import DataError, ModelError, NotMergeable, RecipeError
+from luthier.contracts.errors import ModelError, NotMergeable, RecipeError
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
+from luthier.engine.gate_numbers import unshared
 from luthier.engine.memory import checkpoint_activations
 from luthier.methods.direft import DiReFT
 from luthier.methods.loreft import LoReFT
@@ -31,7 +32,7 @@ from tiny import VOCABULARY
 
 VARIANTS = [LoReFT(variant=v) for v in LoReFT.variants] + [DiReFT(variant=v) for v in DiReFT.variants]
 OTHERS = [
-    LoReFT(positions="f3", dropout=0.0), LoReFT(positions="l1", layers=(1,)), LoReFT(positions="all", r=2),
+    LoReFT(positions="f3", dropout=0.0), LoReFT(positions="l2", layers=(1,)), LoReFT(positions="all", r=2),
     LoReFT(positions="f2+l5", share_weights=True, layers=(0,)), DiReFT(act_fn="gelu", r=8),
 ]  # fmt: skip
 ALL = [*VARIANTS, *OTHERS]
@@ -148,10 +149,9 @@ def test_every_variant_saves_and_loads_exactly(method: LoReFT, tmp_path) -> None
     save_adapter(tmp_path / "a", method, model, base_path="tiny")
     assert load_adapter(tmp_path / "a", fresh) == method
     assert torch.equal(logits(fresh), logits(model))
-    (tmp_path / "a" / "luthier.json").unlink()  # the type and the variant tell whose file it is
-    other = base("llama")
-    assert load_adapter(tmp_path / "a", other) == method
-    assert torch.equal(logits(other), logits(model))
+    (tmp_path / "a" / "luthier.json").unlink()
+    with pytest.raises(ModelError, match=r"luthier\.json"):
+        load_adapter(tmp_path / "a", base("llama"))
 
 
 @pytest.mark.parametrize("method", ALL, ids=named)
@@ -228,25 +228,55 @@ def test_a_site_that_is_made_to_run_again_in_backward_says_so() -> None:
         total.backward()
 
 
-def test_a_shared_prompt_in_a_row_of_its_own_scores_the_same() -> None:
-    """A reward model reads at the end of a row: the whole row is its prompt, in a tree, alone, and in a native call."""
-    model = attached(LoReFT(positions="f3+l2"))
-    root, answers = Piece([5, 6, 7, 8, 9, 10], [0.0] * 6), ([11, 12, 13], [14, 15, 16, 17])
-    leaves = [Piece(answer, [1.0] * len(answer), parent=0) for answer in answers]
-    tree = collate([Sample((root, *leaves), Source("t.jsonl", 1), id=0, sequences=(1, 2))])
-    read = replace(tree, scored_N=tree.last_Q, targets_N=tree.tokens_T[tree.last_Q], sequence_N=torch.arange(2))
+def tree_of(root: list[int], *answers: tuple[list[int], list[float]]) -> tuple[Batch, list[Batch]]:
+    """One prompt with its answers as a tree, and each path as a row alone."""
+    source, count = Source("t.jsonl", 4), len(answers)
+    leaves = [Piece(tokens, weights, parent=0) for tokens, weights in answers]
+    pieces = (Piece(root, [0.0] * len(root)), *leaves)
+    whole = [Piece([*root, *tokens], [0.0] * len(root) + weights) for tokens, weights in answers]
+    tree = collate([Sample(pieces, source, id=0, sequences=tuple(range(1, count + 1)))])
+    return tree, [collate([Sample((piece,), source, id=0)]) for piece in whole]
+
+
+def at_ends(batch: Batch) -> Batch:
+    """What `Trunk.scores` reads: the last row of every sequence."""
+    each_Q = torch.arange(len(batch.last_Q))
+    return replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q], sequence_N=each_Q)
+
+
+DISAGREE = {
+    "an answer begins with an untrained token": ([0.0] * 9, [1.0] * 3, [0.0, 1.0, 1.0]),
+    "the prompt is scored": ([0.0] + [1.0] * 8, [1.0] * 3, [1.0] * 3),
+}
+
+
+@pytest.mark.parametrize("attention", ["forest", "unpacked"])
+@pytest.mark.parametrize("weights", DISAGREE.values(), ids=list(DISAGREE))
+def test_sequences_that_disagree_about_a_prompt_run_alone(weights: tuple[list[float], ...], attention: str) -> None:
+    root, one, other = weights
+    model = attached(LoReFT())
+    scored = [0] if any(root) else []
+    tokens = [5, 9, 8, 5, 6, 7, 8, 9, 4]
+    pieces = (Piece(tokens, root), Piece([6, 7, 8], one, parent=0), Piece([7, 7, 3], other, parent=0))
+    sample = Sample(pieces, Source("t.jsonl", 4), id=0, sequences=(1, 2, *scored))
+    trunk = open_trunk(model, attention=attention)
+    found = trunk.logprobs(collate([sample]))
+    apart = torch.cat([trunk.logprobs(collate([one])) for one in unshared(sample)])
+    close(found, apart)
+    slopes = torch.linspace(0.5, 1.5, len(found))
+    close(gradients(model, found.dot(slopes)), gradients(model, apart.dot(slopes)))
+
+
+def test_a_score_is_read_after_a_prompt_of_the_whole_row() -> None:
+    """In a tree whose answers are shorter than the last seven tokens, alone, and in a native call."""
+    model = attached(LoReFT())
+    root, answers = [5, 6, 7, 8, 9, 10], ([11, 12, 13], [14, 15, 16, 17])
+    tree, alone = tree_of(root, *((answer, [1.0] * len(answer)) for answer in answers))
     with torch.no_grad():
-        found = Trunk(model).logits(read)
-        alone = [model(input_ids=torch.tensor([root.tokens + answer])) for answer in answers]
-    close(found, torch.stack([out.logits[0, -1] for out in alone]))
-
-
-def test_answers_that_disagree_about_the_prompt_are_refused() -> None:
-    root, one, other = Piece([5] * 9, [0.0] * 9), Piece([6] * 3, [1.0] * 3, 0), Piece([7] * 3, [0.0, 1.0, 1.0], 0)
-    batch = collate([Sample((root, one, other), Source("t.jsonl", 4), id=0, sequences=(1, 2))])
-    with pytest.raises(DataError, match=r"t\.jsonl:4"):
-        Trunk(attached(LoReFT())).logprobs(batch)
-    assert torch.isfinite(Trunk(attached(LoReFT(positions="f3"))).logprobs(batch)).all()
+        native = torch.stack([model(input_ids=torch.tensor([root + answer])).logits[0, -1] for answer in answers])
+        trunk = Trunk(model)
+        close(trunk.logits(at_ends(tree)), native)
+        close(torch.cat([trunk.logits(at_ends(one)) for one in alone]), native)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

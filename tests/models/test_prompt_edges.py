@@ -10,21 +10,25 @@ from torch import nn
 from transformers import DynamicCache
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.errors import DataError, ModelError, RecipeError
+from luthier.contracts.errors import ModelError, RecipeError
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
 from luthier.models.prompt_edges import (
     Edges,
+    PromptsDiffer,
     PromptWatch,
     batch_labels,
     edited_rows,
     nothing_edited,
+    own_paths,
     parse_positions,
+    path_labels,
     prompts_of,
     row_labels,
     watch_prompts,
 )
 from luthier.models.sites import detach
+from luthier.models.unpacked import paths_of
 from tiny import tiny
 
 CPU = torch.device("cpu")
@@ -97,11 +101,29 @@ def test_a_prompt_may_end_in_the_answers_where_they_agree() -> None:
     assert text(collate([tree(5, [0, 0, 1], [0, 0, 1, 1])])) == "ff..." + "ll." + "ll.."
 
 
-def test_answers_that_disagree_are_refused_by_their_row() -> None:
+def test_answers_that_disagree_cannot_run_in_one_tree() -> None:
     batch = collate([row(4, 2), tree(5, [1, 1], [0, 1, 1])])
-    with pytest.raises(DataError, match=r"trees\.jsonl:7"):
+    with pytest.raises(PromptsDiffer):
         batch_labels(batch, TWO)
     assert text(batch, Edges(2, 0)) == "ff...." + "ff..." + ".." + "..."
+    (plain,), (one,), (other,) = own_paths(batch)
+    assert path_labels(batch, [plain], TWO).tolist() == [[1, 1, 2, 2, 0, 0]]
+    assert path_labels(batch, [one], TWO).tolist() == [[1, 1, 0, 2, 2, 0, 0]]
+    assert path_labels(batch, [other], TWO).tolist() == [[1, 1, 0, 0, 2, 2, 0, 0]]
+
+
+def test_a_scored_prompt_is_a_sequence_with_a_prompt_of_its_own() -> None:
+    """ORPO scores the whole text: the prompt by itself begins after one token."""
+    root = Piece([4] * 5, [0.0, 1.0, 1.0, 1.0, 1.0])
+    leaves = [Piece([3] * n, [1.0] * n, parent=0) for n in (2, 3)]
+    batch = collate([Sample((root, *leaves), Source("t.jsonl", 1), id=0, sequences=(1, 2, 0))])
+    with pytest.raises(PromptsDiffer):
+        batch_labels(batch, TWO)
+    with pytest.raises(PromptsDiffer):
+        path_labels(batch, paths_of(batch)[0], TWO)
+    found = [path_labels(batch, paths, TWO).tolist() for paths in own_paths(batch)]
+    assert found == [[[2, 0, 0, 0, 0]], [[1, 1, 0, 2, 2, 0, 0]], [[1, 1, 0, 2, 2, 0, 0, 0]]]
+    assert sorted(i for paths in own_paths(batch) for path in paths for i in path.scored) == list(range(batch.scored))
 
 
 def test_an_answer_that_is_not_read_has_no_say() -> None:
@@ -122,12 +144,11 @@ def test_where_a_score_is_read_the_whole_row_is_the_prompt() -> None:
     assert text(replace(batch, scored_N=batch.last_Q, sequence_N=torch.arange(1))) == "ff...ll"
 
 
-def test_a_run_of_other_rows_finds_the_same_labels() -> None:
-    batch = collate([row(4, 2), tree(5, [1, 1], [1])])
-    picked = torch.tensor([[6, 7, 8, 9, 10, 11], [6, 7, 8, 9, 10, 13]])
-    with prompts_of(batch, picked):
-        first, last = edited_rows(TWO, 12, CPU)
-    assert (first.tolist(), last.tolist()) == ([0, 1, 6, 7], [3, 4, 9, 10])
+def test_paths_run_as_rows_find_the_same_labels() -> None:
+    batch = collate([row(4, 3), tree(5, [1, 1], [1, 1])])
+    with prompts_of(batch, paths_of(batch)[0]):
+        first, last = edited_rows(TWO, 21, CPU)
+    assert (first.tolist(), last.tolist()) == ([0, 1, 7, 8, 14, 15], [2, 3, 10, 11, 17, 18])
 
 
 def test_rows_are_worked_out_once_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:

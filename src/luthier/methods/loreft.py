@@ -183,5 +183,9 @@ class LoReFT(Method):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LoReFT:
-        names = {spec.name for spec in fields(cls)}
-        return cls(**{key: value for key, value in config.items() if key in names})
+        """From the checked keys of its own file; one without a key would silently mean another edit."""
+        names = [spec.name for spec in fields(cls)]
+        if missing := [name for name in names if name not in config]:
+            raise RecipeError(f"the adapter does not say its {', '.join(missing)}", where=missing[0],
+                              remedy="keep luthier.json beside it, which says whose keys these are")  # fmt: skip
+        return cls(**{name: config[name] for name in names})

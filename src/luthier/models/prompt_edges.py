@@ -1,13 +1,14 @@
 """Which rows of the hidden states are a prompt's first and last tokens: what methods that edit prompts ask.
 
-    prompt of a path      the n tokens before its first target; of a native call all tokens but padding
+    prompt of a sequence  the n tokens before its first target; of a native call all tokens but padding
     f7+l7                 its first p' = min(7, n // 2) and its last q' = min(7, n - n // 2) tokens, never one twice
     f3, l1                its first min(3, n), or its last min(1, n)
 
 The trunk says whose batch runs (`prompts_of`), `PromptWatch` stands around the decoder and says it of native calls: the
 pass that fills an empty cache is the prompt, later passes edit nothing. Rows are worked out when the first site asks,
-on the CPU, once per batch. A shared prompt is edited once for all of its answers; answers that disagree about which
-shared rows to edit (one of them begins with tokens that are not trained) are refused by the row they come from.
+on the CPU, once per batch. A shared prompt is edited once for all of its answers. Where these disagree about its rows
+(an answer begins with tokens that are not trained, the prompt itself is scored) no one pass serves them all:
+`PromptsDiffer` sends the trunk over `own_paths`, every sequence with its ancestors alone.
 
 The facts are a context of the forward pass. Sites stand around layers, and transformers recomputes inside layers, so
 no site runs again in the backward pass; one that is made to, by a checkpoint around it, raises: it never guesses.
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,14 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.errors import DataError, ModelError, RecipeError
+from luthier.contracts.errors import ModelError, RecipeError
 from luthier.models.attention import kept_rows
 from luthier.models.head import decoder_of
 from luthier.models.sites import Site, locate, original_name, replace
-from luthier.models.unpacked import leaves
+from luthier.models.unpacked import Path
 
 NEITHER, FIRST, LAST = 0, 1, 2
-_NO_TARGET = torch.iinfo(torch.int64).max
+
+
+class PromptsDiffer(Exception):
+    """Sequences that share rows want other rows of them edited: they cannot run together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +106,19 @@ class _Nothing(Prompts):
 
 
 class _OfBatch(Prompts):
-    """Of a packed batch, or of the rows of it that are run instead (any shape)."""
+    """Of a packed batch, or of some paths of it, each a row."""
 
-    def __init__(self, batch: Batch, rows: Tensor | None) -> None:
+    def __init__(self, batch: Batch, paths: Sequence[Path] | None) -> None:
         super().__init__()
-        self.batch, self.picked = batch, rows
+        self.batch, self.paths = batch, paths
 
     def labels(self, edges: Edges) -> Tensor:
+        if self.paths is not None:
+            return path_labels(self.batch, self.paths, edges).flatten()
         known = _KNOWN.setdefault(self.batch, {})
         if edges not in known:
             known[edges] = batch_labels(self.batch, edges)
-        return known[edges] if self.picked is None else known[edges][self.picked.flatten().cpu()]
+        return known[edges]
 
 
 class _OfCall(Prompts):
@@ -153,9 +160,9 @@ def _known(prompts: Prompts) -> Iterator[None]:
         _current.reset(token)
 
 
-def prompts_of(batch: Batch, rows: Tensor | None = None) -> Any:
-    """Context: the decoder runs this batch, packed, or these rows of it."""
-    return _known(_OfBatch(batch, rows))
+def prompts_of(batch: Batch, paths: Sequence[Path] | None = None) -> Any:
+    """Context: the decoder runs this batch, packed, or these paths of it, which are of one length."""
+    return _known(_OfBatch(batch, paths))
 
 
 def nothing_edited() -> Any:
@@ -230,54 +237,74 @@ def row_labels(real_BT: Tensor, edges: Edges) -> Tensor:
     return labels_BT
 
 
+def path_labels(batch: Batch, paths: Sequence[Path], edges: Edges) -> Tensor:
+    """int8 (B, T): what the sequences that are read from each path agree on, or PromptsDiffer."""
+    owner_N = _owners(batch)
+    prompt_S = _prompts(batch, owner_N)
+    labels_BT = torch.zeros(len(paths), len(paths[0].rows), dtype=torch.int8)
+    for row, path in enumerate(paths):
+        asked = {
+            (*edges.of(prompt), prompt * bool(edges.last)) for prompt in {prompt_S[owner_N[i]] for i in path.scored}
+        }
+        if len(asked) > 1:
+            raise PromptsDiffer
+        for p, q, prompt in asked:
+            labels_BT[row, :p], labels_BT[row, prompt - q : prompt] = FIRST, LAST
+    return labels_BT
+
+
 def batch_labels(batch: Batch, edges: Edges) -> Tensor:
-    """int8 (T,) for a packed forest: every path's prompt by its first target; DataError where paths disagree."""
+    """int8 (T,) for a packed forest: the labels of every sequence, or PromptsDiffer."""
     forest = batch.forest
-    first_target_S = _first_targets(batch)
-    asked: dict[int, list[int]] = {}  # packed row -> a label from every path that edits it
-    paths_S = [0] * len(forest)  # paths with a target through each segment
+    asked: dict[int, list[int]] = defaultdict(list)  # packed row -> a label from every sequence that edits it
+    read_S = [0] * len(forest)  # sequences that are read through each segment
     segment_of: dict[int, int] = {}
-    for leaf in leaves(forest):
-        chain = forest.chain(leaf)
-        prompt = min(first_target_S[s] for s in chain)
-        if prompt == _NO_TARGET:
-            continue  # nothing of this path is read
+    for owner, prompt in _prompts(batch, _owners(batch)).items():
         p, q = edges.of(prompt)
-        for s in chain:
-            paths_S[s] += 1
+        for s in forest.chain(owner):
+            read_S[s] += 1
             begin, shift = forest.first_position[s], forest.start[s] - forest.first_position[s]
             end = begin + forest.end[s] - forest.start[s]
             for label, low, high in ((FIRST, 0, p), (LAST, prompt - q, prompt)):
                 for offset in range(max(low, begin), min(high, end)):
-                    asked.setdefault(offset + shift, []).append(label)
+                    asked[offset + shift].append(label)
                     segment_of[offset + shift] = s
-    for row, labels in asked.items():
-        if len(labels) != paths_S[segment_of[row]] or len(set(labels)) > 1:
-            _disagree(batch, segment_of[row])
+    if any(len(labels) != read_S[segment_of[row]] or len(set(labels)) > 1 for row, labels in asked.items()):
+        raise PromptsDiffer
     labels_T = torch.zeros(forest.tokens, dtype=torch.int8)
     if asked:
         labels_T[torch.tensor(list(asked))] = torch.tensor([labels[0] for labels in asked.values()], dtype=torch.int8)
     return labels_T
 
 
-def _first_targets(batch: Batch) -> list[int]:
-    """Of each segment, how many tokens of its path come before its first target (a huge number without one)."""
+def own_paths(batch: Batch) -> list[list[Path]]:
+    """Every sequence with its ancestors alone, as models/unpacked.py groups paths: those of one length together."""
     forest = batch.forest
-    start_S, end_S, position_S = (torch.tensor(x) for x in (forest.start, forest.end, forest.first_position))
-    rows_N = batch.scored_N.cpu()
-    owner_N = rows_N  # the target lies in the segment of its sequence, where the batch says which that is
-    if batch.last_Q is not None and len(batch.sequence_N) == len(rows_N):
-        owner_N = batch.last_Q.cpu()[batch.sequence_N.cpu()]
-    segment_N = torch.searchsorted(end_S, owner_N, right=True)
-    before_N = position_S[segment_N] + (rows_N - start_S[segment_N] + 1).clamp(min=0)
-    found_S = torch.full((len(forest),), _NO_TARGET).scatter_reduce(0, segment_N, before_N, "amin")
-    return [int(found) for found in found_S]
+    scored_of: dict[int, list[int]] = defaultdict(list)
+    for index, owner in enumerate(_owners(batch)):
+        scored_of[owner].append(index)
+    scored_N = batch.scored_N.tolist()
+    groups: dict[int, list[Path]] = defaultdict(list)
+    for owner, scored in scored_of.items():
+        rows = tuple(row for s in forest.chain(owner) for row in range(forest.start[s], forest.end[s]))
+        place = {row: offset for offset, row in enumerate(rows)}
+        groups[len(rows)].append(Path(rows, tuple(scored), tuple(place[scored_N[i]] for i in scored)))
+    return [groups[length] for length in sorted(groups)]
 
 
-def _disagree(batch: Batch, segment: int) -> None:
-    source = batch.sources[batch.segment_sample[segment]] if batch.sources else None
-    raise DataError(
-        "two answers share a prompt and do not agree where it ends: one begins with tokens that are not trained",
-        where=None if source is None else str(source),
-        remedy="let every answer begin with a trained token, or use positions: all",
-    )  # fmt: skip
+def _owners(batch: Batch) -> list[int]:
+    """The segment of each scored token's target, which is that of its sequence; where a batch does not say which that
+    is, the segment that predicts it."""
+    rows_N = batch.scored_N if batch.last_Q is None else batch.last_Q[batch.sequence_N]
+    found: list[int] = torch.searchsorted(torch.tensor(batch.forest.end), rows_N.cpu(), right=True).tolist()
+    return found
+
+
+def _prompts(batch: Batch, owner_N: Sequence[int]) -> dict[int, int]:
+    """Segment with targets -> n, the tokens of its path before the first of them."""
+    forest = batch.forest
+    found: dict[int, int] = {}
+    for row, s in zip(batch.scored_N.tolist(), owner_N, strict=True):
+        before = forest.first_position[s] + max(row - forest.start[s] + 1, 0)
+        found[s] = min(found.get(s, before), before)
+    return found
