@@ -27,7 +27,7 @@ CASES = ["loreft-linear", "noreft-linear", "consreft-linear", "direft-linear", "
 CASES += ["loreft-tanh", "direft-gelu", "noreft-relu"]
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def same_numbers(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -54,7 +54,7 @@ def through_householder(grad_RD: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         holder.parametrizations.weight[0].base.copy_(tensors["basis"])
         holder.parametrizations.weight.original.copy_(tensors["coordinates"])
-    close(holder.weight.detach(), tensors["R"].T)
+    same_numbers(holder.weight.detach(), tensors["R"].T)
     return torch.autograd.grad(holder.weight, holder.parametrizations.weight.original, grad_RD.T.contiguous())[0]
 
 
@@ -63,19 +63,19 @@ def test_outputs_and_gradients_are_theirs(name: str) -> None:
     tensors = golden(name)
     made, h = ours(name, tensors), tensors["h"].clone().requires_grad_(True)
     output = made(h)
-    close(output, tensors["output"])
+    same_numbers(output, tensors["output"])
     (output * tensors["slope"]).sum().backward()
-    close(h.grad, tensors["grad.h"])
+    same_numbers(h.grad, tensors["grad.h"])
     for own, parameter in made.named_parameters():
         if own == "R" and "coordinates" in tensors:
-            close(through_householder(parameter.grad, tensors), tensors["grad.coordinates"])
+            same_numbers(through_householder(parameter.grad, tensors), tensors["grad.coordinates"])
         else:
-            close(parameter.grad, tensors[f"grad.{own}"])
+            same_numbers(parameter.grad, tensors[f"grad.{own}"])
 
 
 def test_their_matrix_is_orthonormal_and_gets_some_gradient() -> None:
     tensors = golden("loreft-linear")
-    close(tensors["R"] @ tensors["R"].T, torch.eye(3))
+    same_numbers(tensors["R"] @ tensors["R"].T, torch.eye(3))
     assert tensors["grad.coordinates"].abs().max() > 0.1
 
 
@@ -111,7 +111,7 @@ def test_a_packed_model_gives_their_logits(whole: dict[str, Tensor], attention: 
     ]
     with torch.no_grad():
         found = open_trunk(model, attention=attention).logits(collate(samples))
-    close(found, whole["logits"][:, prompt - 1 : -1].flatten(0, 1))
+    same_numbers(found, whole["logits"][:, prompt - 1 : -1].flatten(0, 1))
 
 
 def test_a_cached_native_pass_gives_their_logits(whole: dict[str, Tensor]) -> None:
@@ -120,7 +120,7 @@ def test_a_cached_native_pass_gives_their_logits(whole: dict[str, Tensor]) -> No
     with torch.no_grad():
         found = [model(input_ids=tokens[:, :prompt], past_key_values=cache).logits]
         found += [model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, 13)]
-    close(torch.cat(found, 1), whole["logits"])
+    same_numbers(torch.cat(found, 1), whole["logits"])
 
 
 def test_places_are_theirs_on_prompts_that_hold_them() -> None:

@@ -16,7 +16,6 @@ from luthier.data.pack import collate
 from luthier.models.prompt_edges import (
     Edges,
     PromptsDiffer,
-    PromptWatch,
     batch_labels,
     edited_rows,
     nothing_edited,
@@ -24,9 +23,8 @@ from luthier.models.prompt_edges import (
     parse_positions,
     path_labels,
     prompts_of,
-    row_labels,
-    watch_prompts,
 )
+from luthier.models.prompt_watch import PromptWatch, row_labels, watch_prompts
 from luthier.models.sites import detach
 from luthier.models.unpacked import paths_of
 from tiny import tiny

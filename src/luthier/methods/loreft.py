@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names
-from luthier.models.prompt_edges import parse_positions, watch_prompts
+from luthier.models.prompt_edges import parse_positions
+from luthier.models.prompt_watch import watch_prompts
 from luthier.models.reft import ACTS, CONSTANT, EVERY, PREFIX, SHARED, SUFFIX, Intervention, ReFT, retract
 from luthier.models.score_head import task_type
 from luthier.models.shapes import decoder_layers

@@ -4,20 +4,18 @@
     f7+l7                 its first p' = min(7, n // 2) and its last q' = min(7, n - n // 2) tokens, never one twice
     f3, l1                its first min(3, n), or its last min(1, n)
 
-The trunk says whose batch runs (`prompts_of`), `PromptWatch` stands around the decoder and says it of native calls: the
-pass that fills an empty cache is the prompt, later passes edit nothing. Rows are worked out when the first site asks,
-on the CPU, once per batch. A shared prompt is edited once for all of its answers. Where these disagree about its rows
-(an answer begins with tokens that are not trained, the prompt itself is scored) no one pass serves them all:
-`PromptsDiffer` sends the trunk over `own_paths`, every sequence with its ancestors alone.
+The trunk says whose batch runs (`prompts_of`), models/prompt_watch.py says it of native calls: the pass that fills an
+empty cache is the prompt, later passes edit nothing. Rows are worked out when the first site asks, on the CPU, once per
+batch. A shared prompt is edited once for all of its answers. Where these disagree about its rows (an answer begins with
+tokens that are not trained, the prompt itself is scored) no one pass serves them all: `PromptsDiffer` sends the trunk
+over `own_paths`, every sequence with its ancestors alone.
 
 The facts are a context of the forward pass. Sites stand around layers, and transformers recomputes inside layers, so
 no site runs again in the backward pass; one that is made to, by a checkpoint around it, raises: it never guesses.
-Left out: prompts that arrive in pieces (chunked prefill), and caches whose mask does not show the padding.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,13 +26,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import ModelError, RecipeError
 from luthier.models.attention import kept_rows
-from luthier.models.head import decoder_of
-from luthier.models.sites import Site, locate, original_name, replace
 from luthier.models.unpacked import Path
 
 NEITHER, FIRST, LAST = 0, 1, 2
@@ -97,7 +93,7 @@ class Prompts:
         return self._found[key]
 
 
-class _Nothing(Prompts):
+class Nothing(Prompts):
     """No row belongs to a prompt."""
 
     def rows(self, edges: Edges, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,30 +111,24 @@ class _OfBatch(Prompts):
     def labels(self, edges: Edges) -> Tensor:
         if self.paths is not None:
             return path_labels(self.batch, self.paths, edges).flatten()
-        known = _KNOWN.setdefault(self.batch, {})
-        if edges not in known:
-            known[edges] = batch_labels(self.batch, edges)
-        return known[edges]
-
-
-class _OfCall(Prompts):
-    """Of a native call that fills an empty cache, or has none."""
-
-    def __init__(self, real_BT: Tensor) -> None:
-        super().__init__()
-        self.real_BT = real_BT
-
-    def labels(self, edges: Edges) -> Tensor:
-        return row_labels(self.real_BT.cpu(), edges).flatten()
+        found = _KNOWN.setdefault(self.batch, {})
+        if edges not in found:
+            found[edges] = batch_labels(self.batch, edges)
+        return found[edges]
 
 
 _KNOWN: WeakKeyDictionary[Batch, dict[Edges, Tensor]] = WeakKeyDictionary()
 _current: ContextVar[Prompts | None] = ContextVar("luthier_prompts", default=None)
 
 
+def known_prompts() -> Prompts | None:
+    """The facts in force."""
+    return _current.get()
+
+
 def edited_rows(edges: Edges, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For a site: (first rows, last rows) among the `count` rows that its layer returned now."""
-    current = _current.get()
+    current = known_prompts()
     if current is None:
         raise ModelError(
             "a layer that edits its prompt runs outside the model's forward pass: where the prompt ends is not known",
@@ -148,7 +138,7 @@ def edited_rows(edges: Edges, count: int, device: torch.device) -> tuple[Tensor,
 
 
 @contextmanager
-def _known(prompts: Prompts) -> Iterator[None]:
+def known(prompts: Prompts) -> Iterator[None]:
     """Within it these are the facts, unless something around it has said others."""
     if _current.get() is not None:
         yield
@@ -162,79 +152,12 @@ def _known(prompts: Prompts) -> Iterator[None]:
 
 def prompts_of(batch: Batch, paths: Sequence[Path] | None = None) -> Any:
     """Context: the decoder runs this batch, packed, or these paths of it, which are of one length."""
-    return _known(_OfBatch(batch, paths))
+    return known(_OfBatch(batch, paths))
 
 
 def nothing_edited() -> Any:
     """Context: whatever runs, no row is a prompt's. For checks of a family that cut and join rows as they like."""
-    return _known(_Nothing())
-
-
-class PromptWatch(Site):
-    """Around the decoder: within its native calls, sites know the prompts."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.on or _current.get() is not None:
-            return self.base_layer(*args, **kwargs)
-        with _known(_of_call(self.base_layer, args, kwargs)):
-            return self.base_layer(*args, **kwargs)
-
-
-def watch_prompts(model: nn.Module) -> None:
-    """Put a `PromptWatch` around the decoder; call it after the sites inside."""
-    decoder = decoder_of(model)
-    path = next((name for name, module in model.named_modules() if module is decoder and name), None)
-    if decoder is None or path is None:
-        raise RecipeError(
-            "this model's decoder is no part of its own, so where a prompt ends cannot be followed",
-            where="method.positions", value=type(model).__name__, remedy="use positions: all",
-        )  # fmt: skip
-    replace(model, locate(model, original_name(path)), PromptWatch(decoder))
-
-
-def _of_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompts:
-    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    given = {**kwargs, **bound}
-    if any(_filled(given.get(name)) for name in ("past_key_values", "cache_params")):
-        return _Nothing()
-    tokens = given.get("input_ids")
-    rows = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(rows, Tensor):
-        raise ModelError("a call without input_ids or inputs_embeds", value=type(decoder).__name__)
-    batch, length = rows.shape[:2]
-    mask = given.get("attention_mask")
-    if mask is None:
-        return _OfCall(torch.ones(batch, length, dtype=torch.bool))
-    if not isinstance(mask, Tensor) or mask.shape != (batch, length):
-        raise ModelError(
-            "the attention mask does not show which tokens are padding", where="attention_mask",
-            value=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
-            remedy=f"give a mask of {batch} x {length} ones and zeros",
-        )  # fmt: skip
-    return _OfCall(mask != 0)
-
-
-def _filled(cache: Any) -> bool:
-    """Has this cache seen tokens? Caches of attention know their length, those of state-space layers their state."""
-    if cache is None:
-        return False
-    for question in ("get_seq_length", "has_previous_state"):
-        try:
-            return int(getattr(cache, question)()) > 0
-        except (AttributeError, ValueError):
-            continue  # a cache of the other kind of layers only
-    raise ModelError("this cache does not tell whether it has seen tokens", value=type(cache).__name__)
-
-
-def row_labels(real_BT: Tensor, edges: Edges) -> Tensor:
-    """int8 (B, T) for whole rows that are prompts; False in `real_BT` is padding, on either side."""
-    labels_BT = torch.zeros(real_BT.shape, dtype=torch.int8)
-    offset_BT = real_BT.cumsum(1) - 1
-    for row, prompt in enumerate(real_BT.sum(1).tolist()):
-        p, q = edges.of(prompt)
-        labels_BT[row, real_BT[row] & (offset_BT[row] < p)] = FIRST
-        labels_BT[row, real_BT[row] & (offset_BT[row] >= prompt - q)] = LAST
-    return labels_BT
+    return known(Nothing())
 
 
 def path_labels(batch: Batch, paths: Sequence[Path], edges: Edges) -> Tensor:
