@@ -5,13 +5,15 @@ Every way of running a prompt must edit it alike, or training and use are two di
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForSequenceClassification
 
+from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
@@ -20,11 +22,13 @@ from luthier.engine.gate_numbers import unshared
 from luthier.engine.memory import checkpoint_activations
 from luthier.methods.loreft import LoReFT
 from luthier.models.probe import open_trunk
-from luthier.models.sites import AdaptedModule
+from luthier.models.score_head import every_output
+from luthier.models.sites import AdaptedModule, original_name
 from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.sampling.generate import SamplingSpec, generate
 from methods.reft_rig import ALL, LONG, attached, batch_of, gradients, named, same_numbers, samples_of
 from methods.rig import base
+from tiny import tiny
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -118,12 +122,6 @@ def tree_of(root: list[int], *answers: tuple[list[int], list[float]]) -> tuple[B
     return tree, [collate([Sample((piece,), source, id=0)]) for piece in whole]
 
 
-def at_ends(batch: Batch) -> Batch:
-    """What `Trunk.scores` reads: the last row of every sequence."""
-    each_Q = torch.arange(len(batch.last_Q))
-    return replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q], sequence_N=each_Q)
-
-
 DISAGREE = {
     "an answer begins with an untrained token": ([0.0] * 9, [1.0] * 3, [0.0, 1.0, 1.0]),
     "the prompt is scored": ([0.0] + [1.0] * 8, [1.0] * 3, [1.0] * 3),
@@ -147,16 +145,38 @@ def test_sequences_that_disagree_about_a_prompt_run_alone(weights: tuple[list[fl
     same_numbers(gradients(model, found.dot(slopes)), gradients(model, apart.dot(slopes)))
 
 
-def test_a_score_is_read_after_a_prompt_of_the_whole_row() -> None:
-    """In a tree whose answers are shorter than the last seven tokens, alone, and in a native call."""
-    model = attached(LoReFT())
+def reward_model(seed: int) -> nn.Module:
+    """A tiny Llama under a random score head."""
+    config = copy.deepcopy(tiny("llama").config)
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config).eval()
+
+
+def test_a_score_is_read_after_a_prompt_of_the_whole_row(tmp_path) -> None:
+    """In a tree whose answers are shorter than the last seven tokens, alone, and natively; the head is saved too."""
+    model, method = reward_model(3), LoReFT()
+    method.attach(model)
+    trained = {original_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.startswith("score.") for name in trained)
+    with torch.no_grad():
+        for parameter in model.score.copy.parameters():
+            parameter.mul_(2)
     root, answers = [5, 6, 7, 8, 9, 10], ([11, 12, 13], [14, 15, 16, 17])
     tree, alone = tree_of(root, *((answer, [1.0] * len(answer)) for answer in answers))
+    save_adapter(tmp_path / "a", method, model, base_path="tiny")
+    again = reward_model(3)
+    load_adapter(tmp_path / "a", again)
     with torch.no_grad():
-        native = torch.stack([model(input_ids=torch.tensor([root + answer])).logits[0, -1] for answer in answers])
+        rows = [torch.tensor([root + answer]) for answer in answers]
+        native = torch.cat([every_output(model, row)[:, -1, 0] for row in rows])
         trunk = Trunk(model)
-        same_numbers(trunk.logits(at_ends(tree)), native)
-        same_numbers(torch.cat([trunk.logits(at_ends(one)) for one in alone]), native)
+        same_numbers(trunk.scores(tree), native)
+        same_numbers(torch.cat([trunk.scores(one) for one in alone]), native)
+        trunk.close()
+        assert torch.equal(torch.cat([every_output(again, row)[:, -1, 0] for row in rows]), native)
+        with method.off(model):
+            assert torch.equal(every_output(model, rows[0]), every_output(reward_model(3), rows[0]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

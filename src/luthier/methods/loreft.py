@@ -9,7 +9,8 @@ Variants of the paper: noreft (R free), consreft (W h + b is a constant b). DiRe
 
 When: many small tasks on one model, short answers decided by the prompt. Cost: next to nothing per step. Cannot: be
 merged, steer long answers as LoRA does, or see a prompt that a server feeds in pieces. W starts at random as in the
-paper's code, so the model does not start as the base; weight decay pulls W to 0, not to the base (pyreft has none).
+paper's code, so the model does not start as the base (nor, in DPO, as its reference), and weight decay pulls W to 0,
+not to the base. Of a reward model the score head trains beside it, and a row is all prompt.
 `positions: all` edits every token, answers and generated ones too. Left out: low-rank weights in bf16 (R must stay
 orthonormal), pyreft's dropout on the hidden state itself, positions of one's own per row, a bias on noreft's R.
 """
@@ -31,9 +32,9 @@ from luthier.models import peft_names
 from luthier.models.prompt_edges import parse_positions
 from luthier.models.prompt_watch import watch_prompts
 from luthier.models.reft import ACTS, CONSTANT, EVERY, PREFIX, SHARED, SUFFIX, Intervention, ReFT, retract
-from luthier.models.score_head import task_type
+from luthier.models.score_head import HEAD, score_head, task_type
 from luthier.models.shapes import decoder_layers
-from luthier.models.sites import AdaptedModule, freeze, replace, sites, switched_off
+from luthier.models.sites import AdaptedModule, SavedModule, freeze, replace, sites, switched_off
 
 Rank = Annotated[int, Field(ge=1)]
 Layer = Annotated[int, Field(ge=0)]
@@ -147,6 +148,8 @@ class LoReFT(Method):
         freeze(model)
         for path, layer, delta in zip(paths, layers, deltas, strict=True):
             replace(model, path, AdaptedModule(layer, delta))
+        if (head := score_head(model)) is not None:  # a reward model's starts at random, so it trains whole
+            replace(model, HEAD, SavedModule(head))
 
     def _intervention(self, layer: nn.Module, width: int) -> Intervention:
         place = next((p.device for p in layer.parameters()), torch.device("cpu"))
