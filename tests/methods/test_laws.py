@@ -16,6 +16,7 @@ from torch import nn
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.contracts.method import Method, trains
+from luthier.engine.state import load_trained, trained_tensors
 from luthier.models.probe import open_trunk
 from luthier.models.sites import base_state, sites
 from luthier.recipe import resolve
@@ -245,16 +246,16 @@ def test_deepcopy_is_independent(made: Made) -> None:
 
 
 def test_resume_is_exact(made: Made) -> None:
+    """Through what a checkpoint carries: trained tensors and buffers, and the optimizer's state."""
     method, model, family = made
     torch.manual_seed(1)
     twin = base(family)
     method.attach(twin)
-    method.load(twin, method.tensors(model))
     first = optimizer(method, model)
     train(method, model, 2, optim=first)
-    middle, state = method.tensors(model), copy.deepcopy(first.state_dict())
+    middle, state = copy.deepcopy(trained_tensors(model)), copy.deepcopy(first.state_dict())
     train(method, model, 2, first=2, optim=first)
-    method.load(twin, middle)
+    load_trained(twin, middle)
     second = optimizer(method, twin)
     second.load_state_dict(state)
     train(method, twin, 2, first=2, optim=second)
