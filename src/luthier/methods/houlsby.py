@@ -144,21 +144,13 @@ class Houlsby(Method):
         if sites(model):
             raise RecipeError("the model already carries an adapter", where="method", remedy="merge or detach it first")
         places, saved = self.places(model), find_saved(model, self.saved(model))
-        for path in saved:
-            if others := tied_to(model, path):
-                raise RecipeError(
-                    f"{path} shares its weight with {', '.join(others)}: a copy of one would silently untie them",
-                    where="method.modules_to_save", value=path, remedy="leave it out",
-                )  # fmt: skip
-            if any(f"{place}.".startswith(f"{path}.") for place in places):
-                raise RecipeError(f"{path} trains whole and would get an adapter too", where="method.modules_to_save",
-                                  value=path, remedy="leave it out, or its layer")  # fmt: skip
+        check_saved(model, list(saved), places)
         freeze(model)
         if self.train_norms:
             train_norms(model)
         for path, base in saved.items():
             replace(model, path, SavedModule(base))
-        width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        width = width_of(model)
         for path in places:
             base = model.get_submodule(locate(model, path))
             like = next(p for p in base.parameters() if p.ndim)
@@ -185,10 +177,9 @@ class Houlsby(Method):
     def config(self, model: nn.Module) -> dict[str, Any]:
         """Our own keys, the method's name in `adapter_kind`; the bottleneck size as it is on this model."""
         own = {spec.name: _plain(getattr(self, spec.name)) for spec in fields(self)}
-        width = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         return {
             "peft_type": self.peft_type, "task_type": task_type(model), "adapter_kind": self.kind, **own,
-            "bottleneck_size": self.size(width), "modules_to_save": list(self.saved(model)) or None,
+            "bottleneck_size": self.size(width_of(model)), "modules_to_save": list(self.saved(model)) or None,
         }  # fmt: skip
 
     @classmethod
@@ -214,6 +205,25 @@ class Houlsby(Method):
             raise RecipeError("no such layer in this model", where="method.layers_to_transform", value=wanted,
                               remedy=f"layers are numbered from 0 to {len(layers) - 1}")  # fmt: skip
         return [layers[number] for number in sorted(set(numbers))]
+
+
+def check_saved(model: nn.Module, saved: list[str], places: list[str]) -> None:
+    """RecipeError for a module that trains whole and shares its weight, or would get a site too."""
+    for path in saved:
+        if others := tied_to(model, path):
+            raise RecipeError(
+                f"{path} shares its weight with {', '.join(others)}: a copy of one would silently untie them",
+                where="method.modules_to_save", value=path, remedy="leave it out",
+            )  # fmt: skip
+        if any(f"{place}.".startswith(f"{path}.") for place in places):
+            raise RecipeError(f"{path} trains whole and would get an adapter too", where="method.modules_to_save",
+                              value=path, remedy="leave it out, or its layer")  # fmt: skip
+
+
+def width_of(model: nn.Module) -> int:
+    """D of the residual stream."""
+    width: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    return width
 
 
 def train_norms(model: nn.Module) -> None:

@@ -50,6 +50,10 @@ class Matrices(NamedTuple):
 class Bottleneck(nn.Module):
     """The delta of an `AdaptedModule`; parameters are named as in the `adapters` library: adapter_down, adapter_up."""
 
+    adapter_down: nn.Parameter
+    adapter_down_bias: nn.Parameter
+    adapter_up: nn.Parameter
+    adapter_up_bias: nn.Parameter
     scaling: Any  # a number, or the parameter that trains
 
     def __init__(self, *, reads: Literal["output", "input"], non_linearity: str, dropout: float = 0.0) -> None:

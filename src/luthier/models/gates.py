@@ -4,8 +4,8 @@
     y += g (act(h down^T + b) up^T + c)         `GatedBottleneck`: h the rows the adapter reads, its gate reads the same
     y += g ((x A^T) B^T)                        `GatedLowRank`: the gate stands where LoRA has alpha / r
 
-Gates start at sigmoid(N(0, 0.02^2) x): about one half. `gated_low_rank` scales the thin z = x A^T (T, R) and adds the up
-product onto y in one matrix call; `gated_low_rank_plain` is its twin, the formula as it stands.
+Gates start with w of N(0, 0.02^2) and b 0: near one half. `gated_low_rank` scales the thin z = x A^T (T, R) and adds
+the up product onto y in one matrix call; `gated_low_rank_plain` is its twin, the formula as it stands.
 """
 
 from __future__ import annotations
