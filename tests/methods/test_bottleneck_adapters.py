@@ -17,9 +17,10 @@ from luthier.methods.parallel_adapter import ParallelAdapter
 from luthier.methods.pfeiffer import Pfeiffer
 from luthier.models.adapter_hub import from_hub, to_hub
 from luthier.models.peft_names import live
+from luthier.models.probe import open_trunk
 from luthier.models.sites import AdaptedModule, named_sites, trained_in_place
 from methods import golden_adapters as golden
-from methods.rig import base, logits, optimizer, stir, train
+from methods.rig import base, logits, optimizer, shared_as_batches, stir, train
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,29 @@ def test_files_of_another_kind_are_refused(tmp_path) -> None:
         load_adapter(tmp_path / "a", base("llama"))
 
 
-def test_a_copied_model_has_sites_of_its_own() -> None:
+@pytest.mark.parametrize("method", [Houlsby(), ParallelAdapter(), Pfeiffer(), Pfeiffer(reads="stream")], ids=str)
+def test_packed_rows_recomputed_and_restricted_are_each_row_alone(method: Houlsby) -> None:
+    """With the last layer restricted to scored rows, and with activations recomputed: values and gradients."""
+    model = base("llama")
+    method.attach(model)
+    stir(model)
+    trunk = open_trunk(model)
+    assert trunk.facts.last_layer == "scored rows"
+    shared, alone = shared_as_batches()
+    grown = [p for p in model.parameters() if p.requires_grad]
+
+    def run(batches: list[Any]) -> tuple[torch.Tensor, ...]:
+        found = torch.cat([trunk.logprobs(batch) for batch in batches])
+        return found.detach(), *torch.autograd.grad(found.dot(torch.linspace(0.5, 1.5, len(found))), grown)
+
+    plain = run(alone)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for mine, other in zip(run([shared]), plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
+
+
+def test_every_adapter_is_a_site_after_a_module() -> None:
     model = base("qwen3_moe")
     Houlsby().attach(model)
-    kinds = {type(site) for _, site in named_sites(model)}
-    assert kinds == {AdaptedModule}
+    assert {type(site) for _, site in named_sites(model)} == {AdaptedModule}

@@ -19,8 +19,9 @@ from luthier.models.gated_prefix import GatedAttention
 from luthier.models.peft_names import PREFIX, live
 from luthier.models.probe import open_trunk
 from luthier.models.sites import AdaptedLinear, AdaptedModule, Site, named_sites, sites
+from luthier.sampling.generate import SamplingSpec, generate
 from methods import golden_adapters as golden
-from methods.rig import TOKENS, base, logits, optimizer, rows_as_batches, stir, train
+from methods.rig import TOKENS, base, logits, optimizer, rows_as_batches, shared_as_batches, stir, train
 
 _LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "gate.weight": "lora_gate.weight",
            "gate.bias": "lora_gate.bias"}  # fmt: skip
@@ -142,6 +143,30 @@ def test_generation_with_a_cache_is_generation_without(method: Mam, family: str)
         for use in (True, False)
     )
     assert torch.equal(with_cache, without)
+    prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :8].tolist()]
+    spec = SamplingSpec(max_new_tokens=5)
+    together = generate(model, None, prompts, spec)
+    assert together == [generate(model, None, [prompt], spec)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("method", [Mam(**SMALL), UniPELT(**SMALL)], ids=["mam", "unipelt"])
+def test_packed_rows_recomputed_and_restricted_are_each_row_alone(method: Mam) -> None:
+    """With the last layer restricted to scored rows, and with activations recomputed: values and gradients."""
+    model = attached(method)
+    trunk = open_trunk(model)
+    assert trunk.facts.last_layer == "scored rows"
+    shared, alone = shared_as_batches()
+    grown = [p for p in model.parameters() if p.requires_grad]
+
+    def run(batches: list[Any]) -> tuple[Tensor, ...]:
+        found = torch.cat([trunk.logprobs(batch) for batch in batches])
+        return found.detach(), *torch.autograd.grad(found.dot(torch.linspace(0.5, 1.5, len(found))), grown)
+
+    plain = run(alone)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for mine, other in zip(run([shared]), plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-3)
 
 
 def test_the_sites_of_unipelt() -> None:

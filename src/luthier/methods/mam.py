@@ -42,7 +42,7 @@ SiteAround = Callable[[nn.Module], Site]
 
 @dataclass(frozen=True, kw_only=True)
 class Mam(Method):
-    """Prefix and parallel adapter together: the best of the adapter papers, not mergeable."""
+    """A short prefix and a wide parallel adapter together, each where its paper found it best; not mergeable."""
 
     paper: ClassVar[str] = "arXiv:2110.04366"
     peft_type: ClassVar[str | None] = "MAM"

@@ -22,7 +22,7 @@ from luthier.methods.houlsby import Factor, Houlsby, Init, NonLinearity, doc
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(Houlsby):
-    """A wide bottleneck beside each feed-forward block, scaled by 4: the strongest of the adapters, not mergeable."""
+    """A wide bottleneck beside each feed-forward block, scaled by 4: starts exactly as the base, not mergeable."""
 
     paper: ClassVar[str] = "arXiv:2110.04366"
     default_learning_rate: ClassVar[float] = 5e-4
