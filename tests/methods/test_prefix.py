@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
@@ -15,7 +15,7 @@ from luthier.engine.memory import checkpoint_activations
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.p_tuning_v2 import PTuningV2
 from luthier.methods.prefix import PrefixTuning
-from luthier.models.attention import DENSE
+from luthier.models.attention import DENSE, forest_context
 from luthier.models.prefix_site import prefix_shape
 from luthier.models.probe import open_trunk
 from luthier.models.switch import attention_as, native_attention
@@ -168,13 +168,11 @@ def test_forest_in_the_order_of_a_run_is_native_and_dense(family: str) -> None:
         mine, theirs = (torch.autograd.grad(x.sum(), ours(model)) for x in (found, expected))
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
         with torch.no_grad(), attention_as(model, DENSE):
-            whole = [trunk.facts.head_map.apply(x) for x in [_dense_logits(model, batch)]][0]
+            whole = _dense_logits(model, batch)
         torch.testing.assert_close(whole, trunk.logits(batch).detach(), atol=1e-4, rtol=1e-4)
 
 
 def _dense_logits(model: Any, batch: Any) -> Tensor:
-    from luthier.models.attention import forest_context
-
     with forest_context(batch.forest):
         rows = model(input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None], use_cache=False).logits[0]
     return rows[batch.scored_N]
@@ -183,7 +181,7 @@ def _dense_logits(model: Any, batch: Any) -> Tensor:
 @pytest.mark.parametrize("attention", ["forest", "unpacked"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_recompute_of_activations_changes_nothing(family: str, attention: str) -> None:
-    method, model = attached(family)
+    _, model = attached(family)
     trunk = open_trunk(model, attention=attention)
     batch = shared_as_batches()[0]
     model.train()
@@ -211,7 +209,23 @@ def test_counts_of_real_shapes() -> None:
     assert sum(p.numel() for p in encoder.parameters()) == 20 * 32 + (32 * 512 + 512) + (512 * 128 + 128)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "mamba", "lfm2", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("name", ["cohere", "granite", "stablelm", "roberta", "gptj"])
+def test_other_families_see_it_alike_on_both_paths(name: str) -> None:
+    model = other_family(name)
+    trunk = open_trunk(model)
+    assert trunk.path == ("unpacked" if name == "gptj" else "forest")
+    torch.manual_seed(4)
+    before, batch = trunk.logprobs(shared_as_batches()[0]), shared_as_batches()[0]
+    PrefixTuning(num_virtual_tokens=LENGTH).attach(model)
+    native = open_trunk(model, attention="unpacked")
+    torch.testing.assert_close(trunk.logprobs(batch), native.logprobs(batch), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(trunk.logprobs(batch), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "gpt_oss", "llama4", "mistral", "deepseek_v3", "diffllama", "mamba", "lfm2",
+             "qwen3_next", "falcon_h1"]
+)  # fmt: skip
 def test_layers_without_all_earlier_keys_refuse(name: str) -> None:
     model = other_family(name)
     with pytest.raises(RecipeError, match="cannot take them") as caught:
@@ -235,8 +249,8 @@ def test_a_prefix_longer_than_the_model_and_other_bad_values_are_refused() -> No
 
 
 def test_the_score_head_of_a_reward_model_trains_and_is_saved(tmp_path) -> None:
-    config = AutoConfig.for_model("llama", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, num_labels=1, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_labels=1,
+                         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
 
     def scorer() -> nn.Module:
         torch.manual_seed(2)

@@ -55,6 +55,10 @@ class Method:
         """Add sites and set `requires_grad`: exactly what trains, nothing else. Raises RecipeError."""
         raise NotImplementedError
 
+    def with_texts(self, tokenize: Callable[[str], list[int]]) -> Method:
+        """Itself, with what its fields say in words read into token ids; asked before `attach` in a training."""
+        return self
+
     def check(self, model: nn.Module) -> None:
         """Before a training: RecipeError for a field that names nothing in this model. Not asked of loaded files."""
 

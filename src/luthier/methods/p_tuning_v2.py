@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from luthier.contracts.errors import RecipeError
-from luthier.methods.prefix import Count, PrefixTuning
+from luthier.methods.prefix import PrefixTuning
+from luthier.models.virtual_tokens import Count, given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,4 @@ class PTuningV2(PrefixTuning):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PTuningV2:
-        plain = {name: value for name, value in config.items() if name != "encoder_hidden_size"}
-        made = super().from_config(plain)
-        assert isinstance(made, cls)
-        return made
+        return cls(**given(config, ("prefix_projection", "init_weights")))

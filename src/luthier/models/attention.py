@@ -176,6 +176,13 @@ def forest_context(forest: Forest, kernel: str = "sdpa", kept: Kept | None = Non
         _current.reset(token)
 
 
+@contextmanager
+def forest_instead(forest: Forest, kept: Kept | None) -> Iterator[None]:
+    """Within it, another forest on the same kernel takes the place of the one in force."""
+    with forest_context(forest, _current.get()[1], kept):
+        yield
+
+
 def forest_now() -> Forest | None:
     """The forest of the context in force; None outside any."""
     current = _current.get(None)

@@ -23,13 +23,15 @@ from luthier.contracts.batch import Forest
 from luthier.contracts.errors import ModelError, RecipeError
 from luthier.models.attention import DENSE, FOREST, forest_now
 from luthier.models.head import decoder_of
-from luthier.models.sites import Site
+from luthier.models.sites import Site, sites
 
 _COUNTED = ("position_ids", "cache_position")
 
 
 class DecoderSite(Site):
     """`on`: `packed` or `native` decide; off: the decoder's own call, argument for argument."""
+
+    adds_rows: bool = False  # its virtual tokens are rows of the pack, not only positions
 
     def __init__(self, base: nn.Module, delta: nn.Module) -> None:
         super().__init__(base)
@@ -46,6 +48,11 @@ class DecoderSite(Site):
         if forest is not None and config._attn_implementation in (FOREST, DENSE):
             return self.packed(forest, kwargs)
         return self.native(kwargs)
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens in front of each row."""
+        raise NotImplementedError
 
     def packed(self, forest: Forest, given: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -113,3 +120,28 @@ def keeping_activations(decoder: nn.Module) -> Iterator[None]:
     finally:
         for module in recomputing:
             module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """For a look at how a model computes: no gradients, nothing random, nothing left changed."""
+    place = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad(), torch.random.fork_rng([place] if place.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def row_of(model: nn.Module, tokens: int) -> Tensor:
+    """A short row (1, T) of token ids that every model has."""
+    return torch.arange(1, 1 + tokens, device=next(model.parameters()).device)[None]
+
+
+def positions_and_rows(model: nn.Module) -> tuple[int, int]:
+    """(positions that virtual tokens take from every row, rows that they add in front of every root)."""
+    found = [site for site in sites(model) if isinstance(site, DecoderSite) and site.on]
+    return sum(site.tokens for site in found), sum(site.tokens for site in found if site.adds_rows)

@@ -9,8 +9,6 @@ one shape in every layer, and, where it can be packed, give the same hidden rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +27,8 @@ from luthier.models.decoder_site import (
     exchange,
     keeping_activations,
     later,
+    quietly,
+    row_of,
     widen,
 )
 from luthier.models.head import relative_difference
@@ -65,6 +65,10 @@ class PrefixSite(DecoderSite):
         super().__init__(base, delta)
         self.shape = shape
 
+    @property
+    def tokens(self) -> int:
+        return len(self.delta())
+
     def packed(self, forest: Forest, given: dict[str, Any]) -> Any:
         if given.get("position_ids") is None:
             raise ForestUnsupported("a packed row with a prefix needs its positions")
@@ -100,8 +104,8 @@ def prefix_shape(model: nn.Module, method: str) -> PrefixShape:
         raise _refusal(method, "some layers keep no keys of all earlier tokens (a window, a chunk, a state)", others)
     seen = _Shapes()
     try:
-        with _quietly(model), native_attention(model):
-            decoder(input_ids=_row(model), past_key_values=seen, use_cache=True)
+        with quietly(model), native_attention(model):
+            decoder(input_ids=row_of(model, _TOKENS), past_key_values=seen, use_cache=True)
     except Exception as error:
         raise _refusal(method, "its decoder does not run with a standard cache", type(error).__name__) from error
     depth, shapes = decoder.config.get_text_config().num_hidden_layers, set(seen.found.values())
@@ -120,7 +124,7 @@ def attach_prefix(model: nn.Module, encoder: nn.Module, shape: PrefixShape, meth
     site = PrefixSite(base, encoder, shape)
     replace(model, path, site)
     try:
-        with _quietly(model):
+        with quietly(model):
             _compare(model, site, method)
     except BaseException:
         replace(model, path, base)
@@ -129,18 +133,22 @@ def attach_prefix(model: nn.Module, encoder: nn.Module, shape: PrefixShape, meth
 
 
 def _compare(model: nn.Module, site: PrefixSite, method: str) -> None:
-    row = _row(model)
+    row = row_of(model, _TOKENS)
     try:
         with native_attention(model):
             native = site(input_ids=row, use_cache=False)[0]
     except ForestUnsupported as error:
         raise _refusal(method, str(error), type(model).__name__) from error
-    try:
-        positions = torch.arange(_TOKENS, device=row.device)[None]
-        with attention_as(model, FOREST), forest_context(Forest((0,), (_TOKENS,), (-1,))):
+    positions = torch.arange(_TOKENS, device=row.device)[None]
+    with attention_as(model, FOREST), forest_context(Forest((0,), (_TOKENS,), (-1,))):
+        try:
+            site.base_layer(input_ids=row, position_ids=positions, use_cache=False)
+        except Exception:  # noqa: BLE001 a family that is not packed: its rows run natively
+            return
+        try:
             packed = site(input_ids=row, position_ids=positions, use_cache=False)[0]
-    except Exception:  # noqa: BLE001 a family that is not packed: its rows run natively
-        return
+        except Exception as error:
+            raise _refusal(method, f"packed rows do not run with it: {error}", type(model).__name__) from error
     if native.dtype == torch.float32 and (off := relative_difference(packed, native)) > _SAME:
         raise _refusal(method, f"packed rows see it otherwise than a row alone, by {off:.1e}", type(model).__name__)
 
@@ -157,24 +165,6 @@ class _Shapes(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         self.found[layer_idx] = (*key_states.shape[1::2], *value_states.shape[1::2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-@contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
-    """No gradients, nothing random, nothing left changed."""
-    place = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad(), torch.random.fork_rng([place] if place.type == "cuda" else []):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _row(model: nn.Module) -> Tensor:
-    return torch.arange(1, 1 + _TOKENS, device=next(model.parameters()).device)[None]
 
 
 def _refusal(method: str, why: str, value: Any) -> RecipeError:
