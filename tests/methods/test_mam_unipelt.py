@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from luthier.artifact.adapter import load_adapter, save_adapter
+from luthier.contracts.batch import Forest
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.methods.mam import Mam
 from luthier.methods.parallel_adapter import ParallelAdapter
 from luthier.methods.prefix import PrefixTuning
 from luthier.methods.unipelt import UniPELT
+from luthier.models.attention import DENSE, forest_context
 from luthier.models.decoder_site import DecoderSite
 from luthier.models.gated_prefix import GatedAttention
 from luthier.models.peft_names import PREFIX, live
 from luthier.models.probe import open_trunk
 from luthier.models.sites import AdaptedLinear, AdaptedModule, Site, named_sites, sites
+from luthier.models.switch import attention_as
 from luthier.sampling.generate import SamplingSpec, generate
 from methods import golden_adapters as golden
 from methods.rig import TOKENS, base, logits, optimizer, rows_as_batches, shared_as_batches, stir, train
@@ -186,6 +189,17 @@ def test_the_sites_of_unipelt() -> None:
     assert issubclass(found[0][1], DecoderSite)
 
 
+@pytest.mark.parametrize("attention", ["eager", DENSE])
+def test_unipelt_on_another_attention_is_the_same(attention: str) -> None:
+    """Eager, and forest attention spelled out as one dense mask."""
+    model = attached(UniPELT(**SMALL))
+    expected, tokens = logits(model)[:1], TOKENS.shape[1]
+    forest = Forest((0,), (tokens,), (-1,))
+    with attention_as(model, attention), forest_context(forest), torch.no_grad():
+        found = model(input_ids=TOKENS[:1], position_ids=torch.arange(tokens)[None], use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_shut_gates_leave_the_base_but_for_the_prefixs_share() -> None:
     """Gates near 0: no pair, no adapter adds anything; P keys of score 0 and value 0 still take their share."""
     method = UniPELT(**SMALL)
@@ -294,6 +308,7 @@ def test_bad_values_are_refused(kind: type[Mam], options: dict[str, Any], where:
     [
         (Mam(**SMALL, modules_to_save=("mlp",)), "llama", "method.modules_to_save"),
         (Mam(**SMALL, modules_to_save=("lm_head",)), "gpt2", "method.modules_to_save"),
+        (Mam(**{**SMALL, "num_virtual_tokens": 512}), "gpt2", "method.num_virtual_tokens"),
         (UniPELT(**SMALL, target_modules=("nowhere",)), "llama", "method.target_modules"),
         (UniPELT(**SMALL, target_modules=("embed_tokens",)), "llama", "method.target_modules"),
     ],

@@ -27,15 +27,16 @@ from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.contracts.method import Method
 from luthier.methods.houlsby import Dropout, Factor, Houlsby, NonLinearity, Size, check_saved, doc, width_of
 from luthier.methods.parallel_adapter import ParallelAdapter
-from luthier.methods.prefix import VIRTUAL_KEYS, Count, PrefixTuning, check_room
+from luthier.methods.prefix import PrefixTuning
 from luthier.models import peft_names
 from luthier.models.decoder_site import DecoderSite
 from luthier.models.low_rank import DTYPES
 from luthier.models.prefix_site import attach_prefix, prefix_shape
 from luthier.models.score_head import HEAD, PEFT_HEADS, SCORES, score_head, task_type
+from luthier.models.shapes import max_positions
 from luthier.models.sites import AdaptedModule, SavedModule, Site, detach, freeze, locate, replace, sites, switched_off
 from luthier.models.targets import find_saved
-from luthier.models.virtual_tokens import EMBEDDINGS, VirtualTokens
+from luthier.models.virtual_tokens import EMBEDDINGS, Count, VirtualTokens
 
 SiteAround = Callable[[nn.Module], Site]
 
@@ -50,7 +51,7 @@ class Mam(Method):
     starts_elsewhere: ClassVar[str] = PrefixTuning.starts_elsewhere
     config_keys: ClassVar[Mapping[str, Any]] = {
         name: check
-        for name, check in {**VIRTUAL_KEYS, **PrefixTuning.config_keys, **Houlsby.config_keys}.items()
+        for name, check in {**PrefixTuning.config_keys, **Houlsby.config_keys}.items()
         if name not in ("init_weights", "reads", "train_norms", "adapter_kind")
     }
 
@@ -99,7 +100,11 @@ class Mam(Method):
     def attach(self, model: nn.Module) -> None:
         if sites(model):
             raise RecipeError("the model already carries an adapter", where="method", remedy="merge or detach it first")
-        check_room(model, self.num_virtual_tokens)
+        most = max_positions(model.config)
+        if most is not None and self.num_virtual_tokens >= most:
+            raise RecipeError("virtual tokens leave no position for a row", where="method.num_virtual_tokens",
+                              value=self.num_virtual_tokens,
+                              remedy=f"the model has {most} positions: take far fewer")  # fmt: skip
         prefix, _ = self.parts()
         places, saved = self.places(model), find_saved(model, self.saved(model))
         check_saved(model, list(saved), list(places))

@@ -28,13 +28,14 @@ from luthier.contracts.errors import RecipeError
 from luthier.methods.houlsby import Dropout, Factor, Houlsby, Size, doc, width_of
 from luthier.methods.mam import Mam, SiteAround
 from luthier.methods.pfeiffer import Pfeiffer
-from luthier.methods.prefix import Count, PrefixTuning
+from luthier.methods.prefix import PrefixTuning
 from luthier.models.blocks import blocks, need
 from luthier.models.gated_prefix import GatedAttention
 from luthier.models.gates import Gate, GatedBottleneck, GatedLowRank
 from luthier.models.low_rank import DTYPES
 from luthier.models.sites import AdaptedLinear, AdaptedModule, Site, is_linear, named_sites, tied_to
 from luthier.models.targets import Targets, base_modules, find_targets, shortest_names
+from luthier.models.virtual_tokens import Count
 
 ATTENTION = "attention"
 Rank = Annotated[int, Field(ge=1)]
