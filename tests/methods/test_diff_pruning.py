@@ -18,7 +18,7 @@ from luthier.engine.memory import checkpoint_activations
 from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.diff_pruning import DiffPruning, largest
-from luthier.models.gates import Gates, Stretch, expected_open, gate, gated, gated_plain, noise_like
+from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, gated_plain, noise_like
 from luthier.models.sites import sites
 from luthier.models.sparse_difference import SparseDifference
 from methods.rig import base, logits, loss, optimizer, train

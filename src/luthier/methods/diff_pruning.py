@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
-from luthier.models.gates import Stretch
+from luthier.models.hard_concrete import Stretch
 from luthier.models.low_rank import check_foldable, fold
 from luthier.models.peft_names import PREFIX, check_names, collect, live, restore
 from luthier.models.score_head import HEAD, score_head, task_type

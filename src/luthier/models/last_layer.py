@@ -34,8 +34,8 @@ class Restricted:
         _, layers = decoder_layers(model)
         if not layers:
             raise ForestUnsupported("the model has no list of layers")
-        layer = model.get_submodule(layers[-1])
-        while isinstance(layer, Site):  # the layer itself: a site around it edits what the layer returns
+        layer: Any = model.get_submodule(layers[-1])
+        while isinstance(layer, Site):  # what stands around the whole layer sees the kept rows only
             layer = layer.base_layer
         self._hooks = [
             layer.register_forward_pre_hook(_keep_rows, with_kwargs=True),

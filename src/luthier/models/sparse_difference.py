@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.contracts.errors import ModelError
-from luthier.models.gates import Gates, Stretch, expected_open, gate, gated, noise_like
+from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, noise_like
 from luthier.models.sites import features
 
 INDEX, VALUE = "idx", "val"
