@@ -1,7 +1,8 @@
 """A recipe becomes everything that a run needs: method, objective, rows, model, trunk, stream, gate, identity.
 
 The order matters and is told here once: the recipe's own contradictions first, then tokenizer and rows (cheap and
-most often wrong), then weights, the self-check of packing, the method's sites, rows of added tokens, precision.
+most often wrong), then weights, the self-check of packing, the method's sites, rows of added tokens, precision, and
+what rides beside the method.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,11 +22,14 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
+from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
+from luthier.data.kinds import SUPERVISED
+from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
-from luthier.engine.cached import Cached
+from luthier.engine.cached import Cached, samples_digest
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
@@ -34,12 +39,13 @@ from luthier.engine.task import Reference, Run
 from luthier.engine.threads import settle_threads
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
+from luthier.models.score_head import HEAD
 from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.sites import base_state
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.recipe import fingerprint, resolve
-from luthier.recipe.recipe import DataSection, Recipe
+from luthier.recipe.recipe import DataSection, DataSource, Recipe
 
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _FEW_STEPS = 10
@@ -63,6 +69,8 @@ class Assembled:
     notes: list[str]
     evaluation: Stream | None = None  # the held-out rows
     reference: Reference | None = None  # where the objective asks for one
+    regularizers: Sequence[Regularizer] = ()
+    measured: Sequence[tuple[Regularizer, Sequence[Sample]]] = ()  # those that look at rows first, and at which
 
     @property
     def scorer(self) -> Scorer:
@@ -74,9 +82,10 @@ class Assembled:
 def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     """`now`: what templates print as the date; a resumed run passes the one it began with."""
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
+    regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
     if recipe.train.optimizer_in_backward:
-        check_in_backward(method, recipe.train.max_grad_norm)
+        check_in_backward(method, recipe.train.max_grad_norm, regularizers)
     device = resolve_device(recipe.engine.device)
     precision = _precision(recipe, device)
     settle_threads(recipe.engine.threads)
@@ -106,7 +115,34 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     if method.looks_at_rows:
         method.look(loaded.model, _passes(trunk, steps, precision, device))
     work.reference = _reference(work)
+    _regularize(work, regularizers)
     return work
+
+
+def _regularize(work: Assembled, regularizers: Sequence[Regularizer]) -> None:
+    """Into the model as it now is, method, rows and formats in place; and the rows that some look at first."""
+    new = (HEAD,) if work.loaded.new_head else ()
+    for regularizer in regularizers:
+        regularizer.attach(work.loaded.model, new)
+    work.regularizers = regularizers
+    work.measured = [(one, _looked_at(work, one)) for one in regularizers if one.rows()]
+
+
+def _looked_at(work: Assembled, regularizer: Regularizer) -> list[Sample]:
+    """The first rows of the regularizer's file, else of the training rows; of a pair, its chosen side."""
+    if work.objective.reads != "logprobs":
+        raise RecipeError(
+            f"{type(regularizer).__name__} measures log-probabilities, which a reward model has not",
+            where="regularizers", remedy="take it out of the list",
+        )  # fmt: skip
+    side, wanted = ChosenSide(work.encoder), regularizer.rows()
+    if regularizer.on is not None:
+        section = data_section(work.recipe).model_copy(
+            update={"train": (DataSource(path=regularizer.on),), "eval": None}
+        )
+        return prepare(section, side, seed=work.recipe.train.seed, kinds=(*SUPERVISED, "Pair")).train[:wanted]
+    found = (sample for record in work.prepared.train_records for sample in side.samples(record))
+    return list(islice((sample for sample in found if sample.scored), wanted))
 
 
 def _passes(trunk: Trunk, stream: Stream, precision: Precision, device: torch.device) -> Iterator[Callable[[], None]]:
@@ -248,6 +284,8 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
         "template": fingerprint.digest(template.texts if template else None),
     }  # fmt: skip
+    for one, rows in work.measured:
+        identity[f"regularizers.{type(one).__name__}.rows"] = samples_digest(rows)
     if template and any("strftime_now" in text for text in template.texts):
         identity["template.date"] = template.now.isoformat()
     return Run(
@@ -255,6 +293,7 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
         evaluate=recipe.evaluate, evaluation=work.evaluation, identity=identity, reference=work.reference,
         benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
+        regularizers=work.regularizers, measured=work.measured,
     )  # fmt: skip
 
 

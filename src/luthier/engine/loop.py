@@ -93,7 +93,7 @@ def _step(work: Work) -> Iterator[Event]:
             note = work.smaller_microbatches(error, microbatches)
         give_back(run.device)
         yield Noted("warning", note)
-    penalty = strategy.backward(run.method.penalty(work.model))
+    penalty = strategy.backward(work.penalty())
     norm = strategy.clip(run.train.max_grad_norm)
     state.step = number
     if reason := work.guard.objection(loss + penalty, norm):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
@@ -21,6 +22,7 @@ from luthier.data.stream import Stream
 from luthier.engine import checkpoint, saving
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
+from luthier.engine.measured import measure
 from luthier.engine.memory import checkpoint_activations, is_out_of_memory
 from luthier.engine.modes import train_mode
 from luthier.engine.optimizer import build_optimizer
@@ -88,9 +90,11 @@ class Work:
             yield Noted("info", f"already complete: step {self.state.step} of {self.steps}")
 
     def _ready(self) -> Iterator[Event]:
-        """What the reference must do before anything trains."""
+        """What the reference and the regularizers must do before anything trains."""
         if self.run.reference is not None:
             yield from self.run.reference.ready(self.signals.poll)
+        for regularizer, rows in self.run.measured:
+            yield from measure(regularizer, rows, self.run, self.signals.poll)
 
     def identity(self) -> dict[str, Any]:
         """The caller's identity fields, and what the stream and the arithmetic depend on."""
@@ -124,6 +128,10 @@ class Work:
 
     def _is_branch(self) -> bool:
         return self.run.resume not in (None, "auto", "strict")
+
+    def penalty(self) -> Tensor | float:
+        """What is added once to the loss of a step."""
+        return sum((one.penalty(self.model) for one in (self.run.method, *self.run.regularizers)), 0.0)
 
     # ---------------------------------------------------------------- batches
 
@@ -254,6 +262,8 @@ class Work:
                 best = None
                 yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
         self.strategy.release()
+        for regularizer in self.run.regularizers:
+            regularizer.detach(self.model)
         self.model.eval()
         step = best if best is not None else state.step
         self.run.outcome = Outcome(step, state.step, best is not None, eval_loss, name)

@@ -170,6 +170,12 @@ def kept_rows() -> Kept | None:
     return None if current is None else current[2]
 
 
+def current_forest() -> Forest | None:
+    """The packed forest that runs now; None outside any: rows of one length, or an ordinary transformers model."""
+    current = _current.get(None)
+    return None if current is None else current[0]
+
+
 @contextmanager
 def witnessed() -> Iterator[list[int]]:
     """Within it, the identity of every module whose attention ran is recorded (the probe counts layers)."""

@@ -81,21 +81,30 @@ def conflicts(document: Document) -> list[LuthierError]:
     if evaluate.get("on") is not None and held is not None:
         clash("held-out rows are named twice", ("evaluate", "on"),
               f"remove it or data.eval ({document.where(('data', 'eval'), key=True)})")  # fmt: skip
+    named = [section.get("name") for section in document.data.get("regularizers", [])]
+    for index, name in enumerate(named):
+        if name in named[:index]:
+            clash("a regularizer is named twice", ("regularizers", index, "name"), "keep one of them")
     return found
 
 
 def complete(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the defaults of its method and objective, so that a later default changes no old run."""
+    """A copy with the defaults of all that is named in it, so that a later default changes no old run."""
     made = {**data}
     for room in ("method", "objective"):
-        section = made.get(room) or {"name": DEFAULTS[room]}
-        fields = properties_of(room, str(section["name"])) or {}
-        defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
-        made[room] = {"name": section["name"], **defaults, **section}
+        made[room] = _with_defaults(room, made.get(room) or {"name": DEFAULTS[room]})
+    if made.get("regularizers"):
+        made["regularizers"] = [_with_defaults("regularizers", section) for section in made["regularizers"]]
     train = made.get("train", {})
     if train.get("rows_per_step") is not None:
         made["train"] = {**train, "tokens_per_step": None}
     return made
+
+
+def _with_defaults(room: str, section: dict[str, Any]) -> dict[str, Any]:
+    fields = properties_of(room, str(section["name"])) or {}
+    defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
+    return {"name": section["name"], **defaults, **section}
 
 
 def _walk(node: Schema, value: Any, steps: Steps, document: Document) -> Iterator[LuthierError]:
@@ -157,8 +166,9 @@ def _fields(node: Schema, value: dict[str, Any], steps: Steps, document: Documen
 
 
 def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Document) -> Iterator[LuthierError]:
-    """A method or an objective: its name says which fields it has; a dotted name is a guest's."""
+    """A method, an objective or a regularizer: its name says which fields it has; a dotted name is a guest's."""
     name, room = value.get("name"), dotted(steps)
+    kind = str(steps[0]).removesuffix("s")
     if not isinstance(name, str):
         names = ", ".join(names_of(node))
         yield RecipeError(f"`{room}` needs a name", where=document.where(steps), value=name, remedy=f"one of: {names}")
@@ -168,8 +178,8 @@ def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Docume
         yield from _fields(branch, value, steps, document)
     elif "." not in name:
         close = nearest(name, names_of(node))
-        remedy = (f"did you mean `{close}`? " if close else "") + f"{room}s: {', '.join(names_of(node))}"
-        yield RecipeError(f"unknown {room}", where=document.where((*steps, "name")), value=name, remedy=remedy)
+        remedy = (f"did you mean `{close}`? " if close else "") + f"{kind}s: {', '.join(names_of(node))}"
+        yield RecipeError(f"unknown {kind}", where=document.where((*steps, "name")), value=name, remedy=remedy)
 
 
 def _is(branch: Schema, value: Any) -> bool:

@@ -2,12 +2,13 @@
 
     model   which weights            method     how they change      train   how long, how fast, in what batches
     data    which rows, which mask   objective  what is minimised    engine  where it runs      evaluate  on what
+    regularizers  what rides beside method and objective
 
 Every field carries its unit and one line of "why change it"; the JSON Schema, `luthier explain` and the
 editors read them from here. `Recipe(model="path", data="x.jsonl", method=LoRA(r=16))` accepts what the YAML
 accepts, and dataclasses. `resolved()` is plain data that reads back to an equal recipe.
 
-Leaves out: the fields of methods and objectives (their dataclasses are the sections; `schema.json` lists
+Leaves out: the fields of methods, objectives and regularizers (their dataclasses are the sections; `schema.json` lists
 them), anything that needs a model, and torch.
 """
 
@@ -203,6 +204,9 @@ class Recipe(Section):
     data: DataSection = _field(..., "The rows: a file, or a mapping.")
     method: dict[str, Any] = _field({"name": "lora"}, "How weights change: a name, or a mapping with its fields.")
     objective: dict[str, Any] = _field({"name": "sft"}, "What is minimised: a name, or a mapping with its fields.")
+    regularizers: tuple[dict[str, Any], ...] = _field(
+        (), "What rides beside: noise on the embeddings, pulls to the start. Names, or mappings with their fields."
+    )
     train: TrainSection = _field(TrainSection(), "How long, how fast, in what batches.")
     engine: EngineSection = _field(EngineSection(), "Where the work runs.")
     evaluate: EvaluateSection = _field(EvaluateSection(), "When held-out rows are scored.")
