@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,8 +215,6 @@ def test_a_strong_pull_keeps_the_old_task(tmp_path: Path) -> None:
 
 
 def backwards(row: object) -> object:
-    from dataclasses import replace
-
     piece = row.pieces[0]  # type: ignore[attr-defined]
     prompt = [token for token, weight in zip(piece.tokens, piece.weights, strict=True) if not weight]
     tokens = prompt + list(reversed(prompt[1:])) + [260]
