@@ -199,9 +199,10 @@ def objectives(schema: dict[str, Any]) -> str:
 
 def regularizers(schema: dict[str, Any]) -> str:
     head = MARK + (
-        "# Regularizers\n\nWhat rides beside any method and any objective: a list in the recipe, such as `regularizers: "
-        "[neftune, {name: l2sp, alpha: 0.01}]`. One file each; the name in the recipe is the name of the file. A dotted "
-        "path names one of your own, a dataclass of `luthier.contracts.regularizer.Regularizer`.\n"
+        "# Regularizers\n\nWhat rides beside any method and any objective: a list in the recipe, such as "
+        "`regularizers: [neftune, {name: l2sp, alpha: 0.01}]`. One file each; the name in the recipe is the name of "
+        "the file. A dotted path names one of your own, a dataclass of "
+        "`luthier.contracts.regularizer.Regularizer`.\n"
     )
     found = files(schema, "regularizers", "regularizers")
     return "\n".join([head, *(card(branch, path, "regularizers") for branch, path in found)])

@@ -8,7 +8,7 @@ what rides beside the method.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from itertools import islice
@@ -27,6 +27,8 @@ from luthier.data.encode import Encoder
 from luthier.data.kinds import SUPERVISED
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import fingerprint as contents
+from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
@@ -46,6 +48,7 @@ from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.recipe import fingerprint, resolve
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
+from luthier.recipe.stages import Stage, stages_of
 
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _FEW_STEPS = 10
@@ -104,7 +107,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
         attach_rows(loaded.model, sorted(loaded.added.values()))
     loaded.model.to(device)
     settle(loaded.model, precision)
-    steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train))
+    steps = _stream(recipe, device, prepared, encoder, objective)
     notes += _advice(recipe, prepared, trunk, steps)
     notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
     held_out = prepared.evaluation
@@ -137,9 +140,8 @@ def _looked_at(work: Assembled, regularizer: Regularizer) -> list[Sample]:
         )  # fmt: skip
     side, wanted = ChosenSide(work.encoder), regularizer.rows()
     if regularizer.on is not None:
-        section = data_section(work.recipe).model_copy(
-            update={"train": (DataSource(path=regularizer.on),), "eval": None}
-        )
+        source = (DataSource(path=regularizer.on),)
+        section = data_section(work.recipe).model_copy(update={"train": source, "eval": None})
         return prepare(section, side, seed=work.recipe.train.seed, kinds=(*SUPERVISED, "Pair")).train[:wanted]
     found = (sample for record in work.prepared.train_records for sample in side.samples(record))
     return list(islice((sample for sample in found if sample.scored), wanted))
@@ -207,11 +209,17 @@ def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime |
     return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
 
 
-def prepared_rows(recipe: Recipe, encoder: Encoder) -> Prepared:
-    """Every row read and encoded; rows that the objective does not train on are refused by name."""
+def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...] | None = None) -> Prepared:
+    """Every row read and encoded; rows that the objective does not train on are refused by name.
+
+    `stage`: the sources of a stage, in place of the recipe's training rows; nothing of them is held out.
+    """
     objective: Objective = resolve.build("objectives", recipe.objective)
+    section = data_section(recipe)
+    if stage is not None:
+        section = section.model_copy(update={"train": stage, "eval": None})
     return prepare(
-        data_section(recipe), encoder, seed=recipe.train.seed, kinds=objective.records,
+        section, encoder, seed=recipe.train.seed, kinds=objective.records,
         objective=str(recipe.objective["name"]),
     )  # fmt: skip
 
@@ -251,6 +259,33 @@ def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample])
     )  # fmt: skip
 
 
+def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, objective: Objective) -> Stream:
+    """The training rows as steps: one stream, or one for each stage of the recipe after the other.
+
+    Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.
+    """
+    if not recipe.train.stages:
+        return Stream(prepared.train, stream_spec(recipe, device, prepared.train))
+    found: list[tuple[Stage, list[Sample]]] = []
+    count = len(prepared.train) + len(prepared.evaluation)
+    for stage in stages_of(recipe.train):
+        rows = prepared.train
+        if stage.data is not None:
+            own = prepared_rows(recipe, encoder, stage.data)
+            prepared.ledger.join(own.ledger)
+            rows = [replace(sample, id=count + index) for index, sample in enumerate(own.train)]
+            count += len(rows)
+        found.append((stage, rows))
+    everything = [sample for _, rows in found for sample in rows]
+    parts = []
+    for number, (stage, rows) in enumerate(found):
+        seed = seed_of("stage", number, recipe.train.seed) if number else recipe.train.seed
+        section = recipe.model_copy(update={"train": stage.train})
+        stream = Stream(rows, replace(stream_spec(section, device, everything), seed=seed))
+        parts.append(Part(stream, stage.train.max_steps or stream.total_steps(stage.train.epochs)))
+    return Staged(parts)
+
+
 def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
     """What a person should know before the first step."""
     notes = []
@@ -259,7 +294,7 @@ def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> 
     if prepared.ledger.leaked:
         notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
     total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
-    if total < _FEW_STEPS and recipe.train.max_steps is None:
+    if total < _FEW_STEPS and recipe.train.max_steps is None and not recipe.train.stages:
         size = "rows" if recipe.train.rows_per_step else "tokens"
         an_epoch = len(prepared.train) if recipe.train.rows_per_step else steps.tokens_per_epoch
         notes.append(
@@ -284,6 +319,10 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
         "template": fingerprint.digest(template.texts if template else None),
     }  # fmt: skip
+    for number, stage in enumerate(recipe.train.stages):
+        if stage.data is not None:
+            section = data_section(recipe).model_copy(update={"train": stage.data, "eval": None})
+            identity[f"train.stages.{number}.contents"] = contents(section)
     for one, rows in work.measured:
         identity[f"regularizers.{type(one).__name__}.rows"] = samples_digest(rows)
     if template and any("strftime_now" in text for text in template.texts):

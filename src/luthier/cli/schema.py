@@ -71,6 +71,8 @@ def generate() -> dict[str, Any]:
         "anyOf": [{"enum": shapes, "type": "string"}, {"type": "null"}],
     }
     evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
+    stage = schema["$defs"]["StageSection"]["properties"]
+    stage["data"] = {**stage["data"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}
     return {**head, **schema}
 

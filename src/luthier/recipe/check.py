@@ -39,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+_SHARES = {"warmup_ratio": 0.03, "decay_ratio": 0.1}  # and their defaults
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -85,6 +86,41 @@ def conflicts(document: Document) -> list[LuthierError]:
     for index, name in enumerate(named):
         if name in named[:index]:
             clash("a regularizer is named twice", ("regularizers", index, "name"), "keep one of them")
+    return found + _of_stages(document)
+
+
+def _of_stages(document: Document) -> list[LuthierError]:
+    """Stages and the whole run, or a stage and itself."""
+    found: list[LuthierError] = []
+    train = document.data.get("train", {})
+    stages = train.get("stages") or []
+
+    def clash(what: str, steps: Steps, remedy: str) -> None:
+        found.append(RecipeError(what, where=document.where(("train", *steps), key=True),
+                                 value=look(document.data, ("train", *steps)), remedy=remedy))  # fmt: skip
+
+    if not stages:
+        return found
+    for length in ("epochs", "max_steps"):
+        if train.get(length) is not None:
+            clash("stages have lengths of their own", (length,), f"give each stage its steps or epochs, not {length}")
+    names = [stage.get("name") for stage in stages]
+    for index, stage in enumerate(stages):
+        here = ("stages", index)
+        steps, epochs = stage.get("steps"), stage.get("epochs")
+        if steps is not None and epochs is not None:
+            clash("a stage is as long as its steps or as its epochs say", (*here, "epochs"), "keep one of them")
+        if steps is None and epochs is None:
+            clash("a stage needs a length", here, "give it steps or epochs")
+        if stage.get("rows_per_step") is not None and stage.get("tokens_per_step") is not None:
+            clash("a step is sized by tokens or by rows", (*here, "rows_per_step"), "keep one of them")
+        said = {name: train.get(name) if stage.get(name) is None else stage[name] for name in _SHARES}
+        shares = {name: _SHARES[name] if value is None else value for name, value in said.items()}
+        schedule = stage.get("schedule") or train.get("schedule")
+        if shares["warmup_ratio"] + (shares["decay_ratio"] if schedule == "wsd" else 0) > 1:
+            clash("warm-up and decay are longer than the stage", here, "their sum is at most 1")
+        if names[index] is not None and names[index] in names[:index]:
+            clash("two stages have one name", (*here, "name"), "name them apart: the journal does")
     return found
 
 

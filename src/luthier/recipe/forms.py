@@ -66,7 +66,7 @@ def expand(document: Document) -> list[LuthierError]:
         elif section in SHORT and isinstance(root.get(section), str | list):
             document.move((section,), (section, SHORT[section]))
             document.set((section,), {SHORT[section]: root[section]}, like=(section, SHORT[section]))
-    for steps in _SOURCES:
+    for steps in (*_SOURCES, *_stage_sources(root)):
         _sources(document, steps)
     _named_list(document, ("regularizers",))
     for steps in _LISTS:
@@ -113,6 +113,12 @@ def _sources(document: Document, steps: Steps) -> None:
                 value[index] = {"path": item}
                 if document.values:
                     document.values[(*steps, index, "path")] = document.where((*steps, index))
+
+
+def _stage_sources(root: dict[Any, Any]) -> list[Steps]:
+    """Where stages of a training name rows of their own."""
+    stages = look(root, ("train", "stages"))
+    return [("train", "stages", index, "data") for index in range(len(stages))] if isinstance(stages, list) else []
 
 
 def _named_list(document: Document, steps: Steps) -> None:
