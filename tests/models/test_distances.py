@@ -23,7 +23,7 @@ def drawn(*shape: int, seed: int = 0, grown: bool = False) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grown)
 
 
-def same(one: Callable[..., Tensor], other: Callable[..., Tensor], *args: Tensor | float | None) -> None:
+def same_as_its_twin(one: Callable[..., Tensor], other: Callable[..., Tensor], *args: Tensor | float | None) -> None:
     grown = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     a, b = one(*args), other(*args)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -35,15 +35,17 @@ def same(one: Callable[..., Tensor], other: Callable[..., Tensor], *args: Tensor
 @pytest.mark.parametrize("weighted", [True, False])
 def test_distance(weighted: bool) -> None:
     weight = drawn(6, 5, seed=2).abs() if weighted else None
-    same(distance, distance_plain, drawn(6, 5, grown=True), drawn(6, 5, seed=1), weight)
+    same_as_its_twin(distance, distance_plain, drawn(6, 5, grown=True), drawn(6, 5, seed=1), weight)
 
 
 def test_distance_to_zero() -> None:
-    same(distance, distance_plain, drawn(6, 5, grown=True), torch.zeros(()), None)
+    same_as_its_twin(distance, distance_plain, drawn(6, 5, grown=True), torch.zeros(()), None)
 
 
 def test_product_square() -> None:
-    same(product_square, product_square_plain, drawn(3, 7, grown=True), drawn(9, 3, seed=1, grown=True), 0.5)
+    same_as_its_twin(
+        product_square, product_square_plain, drawn(3, 7, grown=True), drawn(9, 3, seed=1, grown=True), 0.5
+    )
 
 
 @pytest.mark.parametrize("numbers", [1, 21, 1 << 20])
@@ -51,8 +53,8 @@ def test_product_distance_in_chunks(numbers: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(distances, "_CHUNK_NUMBERS", numbers)
     weight = drawn(9, 7, seed=3).abs()
     a, b = drawn(3, 7, grown=True), drawn(9, 3, seed=1, grown=True)
-    same(product_distance, product_distance_plain, a, b, 2.0, weight)
-    same(product_distance, product_distance_plain, a, b, 2.0, drawn(7, 9, seed=3).abs().T)
+    same_as_its_twin(product_distance, product_distance_plain, a, b, 2.0, weight)
+    same_as_its_twin(product_distance, product_distance_plain, a, b, 2.0, drawn(7, 9, seed=3).abs().T)
 
 
 def test_weights_of_half_precision_are_measured_in_full() -> None:

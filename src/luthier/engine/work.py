@@ -137,7 +137,8 @@ class Work:
 
     def penalty(self) -> Tensor | float:
         """What is added once to the loss of a step."""
-        return sum((one.penalty(self.model) for one in (self.run.method, *self.run.regularizers)), 0.0)
+        of_others = (regularizer.penalty(self.model) for regularizer in self.run.regularizers)
+        return sum(of_others, self.run.method.penalty(self.model))
 
     # ---------------------------------------------------------------- batches
 

@@ -101,8 +101,8 @@ def _of_stages(document: Document) -> list[LuthierError]:
 
     if not stages:
         return found
-    for length in ("epochs", "max_steps"):
-        if train.get(length) is not None:
+    for length, unsaid in (("epochs", 1.0), ("max_steps", None)):  # a resolved recipe has its defaults written out
+        if train.get(length, unsaid) != unsaid:
             clash("stages have lengths of their own", (length,), f"give each stage its steps or epochs, not {length}")
     names = [stage.get("name") for stage in stages]
     for index, stage in enumerate(stages):
