@@ -58,7 +58,7 @@ class Document:
         """Put `value` at `steps`, making the mappings on the way; its place is that of `like`."""
         into: Any = self.data
         for step in steps[:-1]:
-            into = into[step] if isinstance(into, list) else into.setdefault(step, {})
+            into = into.setdefault(step, {}) if isinstance(into, dict) else into[step]
         into[steps[-1]] = value
         if self.values:
             place, key = self.where(like), self.where(like, key=True)
