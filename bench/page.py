@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import curves, gpu, memory, plots, profile, quality, scale, search, sharing
+from bench import curves, gpu, memory, methods, plots, profile, quality, scale, search, sharing
 from bench.options import RESULTS
 from bench.protocol import ROOT
 from bench.table import race_page, race_table
@@ -25,7 +25,7 @@ OPEN, CLOSE = "<!-- bench:sft -->\n", "<!-- /bench:sft -->\n"
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sft": race_page, "full": race_page, "dpo-each": race_page, "dpo-cached": race_page, "sharing": sharing.page,
     "memory": memory.page, "scale": scale.page, "curves": curves.page, "quality": quality.page, "gpu": gpu.page,
-    "search": search.page, "profile": profile.page,
+    "search": search.page, "profile": profile.page, "methods": methods.page,
 }  # fmt: skip
 _INTRO = """# Benchmarks
 

@@ -177,7 +177,23 @@ def methods(schema: dict[str, Any]) -> str:
         "# Methods\n\nWhat trains. One file each; the name in the recipe is the name of the file. A dotted path names "
         "one of your own (`method: {name: my_package.my_method}`), see CONTRIBUTING.md.\n"
     )
-    return "\n".join([head, *(card(branch, path, "method") for branch, path in files(schema, "methods", "method"))])
+    found = files(schema, "methods", "method")
+    return "\n".join([head, index(found), measured(), *(card(branch, path, "method") for branch, path in found)])
+
+
+def index(found: list[tuple[dict[str, Any], Path]]) -> str:
+    """One line for each method."""
+    table = "| method | paper | |\n|---|---|---|\n"
+    for branch, path in found:
+        paper = (declared(path, "paper") or [""])[0]
+        table += f"| [`{path.stem}`](#method-{path.stem}) | {paper} | {cell(branch['description'])} |\n"
+    return table
+
+
+def measured() -> str:
+    """The table of `python -m bench.methods`, where there is one."""
+    path = DOCS.parent / "bench" / "results" / "methods.md"
+    return f"#{path.read_text('utf-8')}" if path.is_file() else ""
 
 
 def objectives(schema: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)
     notes: list[str] = []
+    method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = prepared_rows(recipe, encoder)
     loaded, trunk = _open(recipe, method, precision, device, objective.reads)
@@ -107,11 +108,12 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
         attach_rows(loaded.model, sorted(loaded.added.values()))
     loaded.model.to(device)
     settle(loaded.model, precision)
-    steps = _stream(recipe, device, prepared, encoder, objective)
+    reserved = method.virtual_tokens
+    steps = _stream(recipe, device, prepared, encoder, reserved)
     notes += _advice(recipe, prepared, trunk, steps)
     notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
     held_out = prepared.evaluation
-    evaluation = Stream(held_out, stream_spec(recipe, device, held_out)) if held_out else None
+    evaluation = Stream(held_out, stream_spec(recipe, device, held_out, reserved)) if held_out else None
     work = Assembled(
         recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
     )  # fmt: skip
@@ -200,9 +202,17 @@ def _cached(work: Assembled) -> Cached:
 
 def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime | None = None) -> Encoder:
     section = data_section(recipe)
-    most = text.max_positions
-    if most and section.max_tokens > most:
-        notes.append(f"data.max_tokens {section.max_tokens} is beyond the model's {most} positions: {most} is used")
+    most, method = text.max_positions, resolve.build("methods", recipe.method)
+    if most and section.max_tokens > most - method.first_position:
+        less = f", {method.first_position} of them taken by virtual tokens" if method.first_position else ""
+        most -= method.first_position
+        if most < 1:
+            raise RecipeError("virtual tokens leave no position for a row", where="method.num_virtual_tokens",
+                              value=method.first_position, remedy=f"the model has {text.max_positions}")  # fmt: skip
+        notes.append(
+            f"data.max_tokens {section.max_tokens} is beyond the model's {text.max_positions} positions{less}: "
+            f"{most} is used"
+        )
         section = section.model_copy(update={"max_tokens": most})
     template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
     objective: Objective = resolve.build("objectives", recipe.objective)
@@ -248,14 +258,17 @@ def _refuse_loggers(recipe: Recipe) -> None:
         raise RecipeError("no such logger yet", where="report_to", value=others, remedy="use tensorboard, or []")
 
 
-def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample]) -> StreamSpec:
+def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample], reserved: int = 0) -> StreamSpec:
+    """`reserved`: rows that the method adds in front of every root."""
     spec = recipe.train
     microbatch = spec.microbatch_tokens
     if microbatch == "auto":
-        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), max(sample.length for sample in samples))
+        longest = max(sample.length + reserved * sample.roots for sample in samples)
+        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), longest)
     return StreamSpec(
         seed=spec.seed, tokens_per_step=spec.tokens_per_step or 16384, rows_per_step=spec.rows_per_step,
         window=spec.pack_window, microbatch_tokens=int(microbatch), packing=recipe.data.packing,
+        reserved_per_root=reserved,
     )  # fmt: skip
 
 
@@ -265,7 +278,7 @@ def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: E
     Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.
     """
     if not recipe.train.stages:
-        return Stream(prepared.train, stream_spec(recipe, device, prepared.train))
+        return Stream(prepared.train, stream_spec(recipe, device, prepared.train, reserved))
     found: list[tuple[Stage, list[Sample]]] = []
     count = len(prepared.train) + len(prepared.evaluation)
     for stage in stages_of(recipe.train):
@@ -281,7 +294,7 @@ def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: E
     for number, (stage, rows) in enumerate(found):
         seed = seed_of("stage", number, recipe.train.seed) if number else recipe.train.seed
         section = recipe.model_copy(update={"train": stage.train})
-        stream = Stream(rows, replace(stream_spec(section, device, everything), seed=seed))
+        stream = Stream(rows, replace(stream_spec(section, device, everything, reserved), seed=seed))
         parts.append(Part(stream, stage.train.max_steps or stream.total_steps(stage.train.epochs)))
     return Staged(parts)
 

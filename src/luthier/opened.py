@@ -22,6 +22,7 @@ from luthier.contracts.record import Chat, Completion, Source, Text
 from luthier.data.encode import Encoder
 from luthier.data.template import open_template
 from luthier.engine.precision import resolve_device, resolve_precision
+from luthier.models.decoder_site import positions_and_rows
 from luthier.models.load import Loaded, load_model
 from luthier.models.shapes import max_positions
 from luthier.recipe.recipe import DataSection, ModelSection
@@ -100,6 +101,7 @@ def open_target(target: str | Path, *, base: str | None = None, data: dict[str, 
     said_of_data = {**_data_of(recipe), **(data or {})}
     section_of_data = DataSection(**{"train": ({"path": "-"},), **said_of_data})  # type: ignore[arg-type]
     most = max_positions(loaded.model.config)
+    most = None if most is None else most - positions_and_rows(loaded.model)[0]
     if most is not None and section_of_data.max_tokens > most:
         section_of_data = section_of_data.model_copy(update={"max_tokens": most})
     encoder = Encoder(loaded.tokenizer, template, section_of_data, loaded.generation_stop_ids)

@@ -84,7 +84,7 @@ def test_stages_with_rows_of_their_own(
         "  stages:\n"
         "    - {name: calm, steps: 2, rows_per_step: 16, learning_rate: 1e-3, schedule: constant}\n"
         f"    - {{name: old, steps: 2, rows_per_step: 4, data: {old}, optimizer_state: reset}}\n"
-        "    - {name: main, epochs: 0.1, rows_per_step: 2, unfreeze: ['q_proj']}\n"
+        "    - {name: main, epochs: 0.1, rows_per_step: 2, unfreeze: ['.*q_proj']}\n"
     )
     head, _, rest = text.partition("train: {")
     fields, _, tail = rest.partition("}\n")

@@ -101,3 +101,12 @@ def test_search_records_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tried = run("sft", tmp_path, "--search", "--one-process")["search-tiny"]["tried"]
     assert all(tried[name]["loss_difference"] < 1e-5 and tried[name]["tokens_per_second"] > 0 for name in few)
     assert "failed" in tried["not to be had"]
+
+
+def test_every_method_has_a_row(tmp_path: Path, shared_data: Any) -> None:
+    shared_data("models/stories260K-chatml")
+    small = ("--tasks", "gsm8k", "--methods", "lora", "full", "--small", "20", "--one-process", "--steps", "2")
+    task = run("methods", tmp_path, *small, base=())["methods"]["tasks"]["gsm8k"]
+    lora, full = task["cells"]
+    assert lora["trainable"] < full["trainable"] and lora["merge"] < 1e-3 and full["merge"] == "a whole model"
+    assert all(cell["held_out_loss"] < task["base_loss"] for cell in task["cells"])

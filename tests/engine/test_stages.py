@@ -99,7 +99,7 @@ def test_the_averages_are_kept_or_start_afresh(state: str, tmp_path: Path) -> No
 
 def test_only_what_a_stage_names_moves_in_it(tmp_path: Path) -> None:
     stages = (
-        {"steps": 3, "rows_per_step": 6, "unfreeze": (r"layers\.1\.", "lm_head")},
+        {"steps": 3, "rows_per_step": 6, "unfreeze": ("model.layers.1.", "lm_head")},
         {"steps": 3, "rows_per_step": 6},
     )
     run = build(tmp_path, stages, method="full", evaluation=0)
@@ -115,8 +115,8 @@ def test_only_what_a_stage_names_moves_in_it(tmp_path: Path) -> None:
 
 def test_thawing_resumes_exactly(tmp_path: Path) -> None:
     stages = (
-        {"steps": 5, "rows_per_step": 6, "unfreeze": (r"layers\.1\.",)},
-        {"steps": 4, "rows_per_step": 6, "unfreeze": (r"layers\.",)},
+        {"steps": 5, "rows_per_step": 6, "unfreeze": ("model.layers.1.",)},
+        {"steps": 4, "rows_per_step": 6, "unfreeze": ("model.layers.",)},
     )
     list(train(build(tmp_path / "unbroken", stages, method="full")))
     events = train(build(tmp_path / "broken", stages, method="full"))
@@ -131,6 +131,11 @@ def test_thawing_resumes_exactly(tmp_path: Path) -> None:
 def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="names nothing"):
         list(train(build(tmp_path, ({"steps": 3, "unfreeze": ("nowhere",)},), method="full")))
+
+
+def test_a_pattern_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="regular expression"):
+        list(train(build(tmp_path, ({"steps": 3, "unfreeze": ("(",)},), method="full")))
 
 
 def test_the_course_by_hand() -> None:

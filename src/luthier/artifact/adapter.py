@@ -102,7 +102,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     side = read_json(directory / SIDE) if (directory / SIDE).exists() else {}
     _check_side(side, str(directory / SIDE))
     given = read_json(directory / CONFIG)
-    more = _more_keys(side.get("method"))
+    more = _more_keys(side.get("method"), given.get("peft_type"))
     config, notes = check_config({**given, **side.get("fields", {})}, str(directory / CONFIG), more)
     return AdapterFile(directory, config, side, read_tensors(directory / TENSORS), tuple(notes))
 
@@ -223,11 +223,14 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
     return kept
 
 
-def _more_keys(name: Any) -> Mapping[str, Any]:
-    """Config keys that a method adds to the allow-list (`config_keys` on its class)."""
-    if name in resolve.names("methods"):
+def _more_keys(name: Any, kind: Any) -> Mapping[str, Any]:
+    """Config keys that a method adds to the allow-list (`config_keys` on its class): the method of the side file, in a
+    file from elsewhere those of its `peft_type`."""
+    known = resolve.names("methods")
+    if name in known:
         return resolve.load("methods", name).config_keys
-    return {}
+    loaded = [] if name else [resolve.load("methods", candidate) for candidate in known]
+    return {key: check for one in loaded if one.peft_type == kind for key, check in one.config_keys.items()}
 
 
 def _check_side(side: Mapping[str, Any], where: str) -> None:

@@ -49,10 +49,15 @@ class Method:
     config_keys: ClassVar[Mapping[str, Any]] = {}  # keys of its files beyond artifact/adapter_config.py: (check, words)
     looks_at_rows: ClassVar[bool] = False  # `look` wants passes over the first rows before the first step
     virtual_tokens: int = 0  # prompt methods: tokens that the packer reserves per root
+    first_position: int = 0  # of a row's first real token: the positions before it belong to virtual tokens
 
     def attach(self, model: nn.Module) -> None:
         """Add sites and set `requires_grad`: exactly what trains, nothing else. Raises RecipeError."""
         raise NotImplementedError
+
+    def with_texts(self, tokenize: Callable[[str], list[int]]) -> Method:
+        """Itself, with what its fields say in words read into token ids; asked before `attach` in a training."""
+        return self
 
     def check(self, model: nn.Module) -> None:
         """Before a training: RecipeError for a field that names nothing in this model. Not asked of loaded files."""

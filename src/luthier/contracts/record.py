@@ -118,6 +118,11 @@ class Sample:
         return sum(len(piece.tokens) for piece in self.pieces)
 
     @property
+    def roots(self) -> int:
+        """Pieces that continue no other."""
+        return sum(piece.parent < 0 for piece in self.pieces)
+
+    @property
     def scored(self) -> int:
         """Tokens whose log-probability is computed."""
         return sum(1 for piece in self.pieces for weight in piece.weights if weight)

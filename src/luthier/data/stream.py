@@ -29,7 +29,7 @@ _TOKENS_PER_STEP = 16384
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """How samples become steps. All but `microbatch_tokens` and `packing` decide which rows a step holds."""
+    """How samples become steps. The last three do not decide which rows a step holds."""
 
     seed: int = 42
     tokens_per_step: int | None = 16384  # not looked at where rows_per_step is given
@@ -37,6 +37,7 @@ class StreamSpec:
     window: int = 1024
     microbatch_tokens: int | None = None  # None = a whole step at once
     packing: str = "forest"  # forest | none (one sample per microbatch)
+    reserved_per_root: int = 0  # rows that a method adds in front of every root (`Method.virtual_tokens`)
 
 
 class Stream:
@@ -49,6 +50,7 @@ class Stream:
             raise ValueError(f"packing is forest or none, not {spec.packing!r}")
         self.samples, self.spec = samples, spec
         self.lengths = [sample.length for sample in samples]
+        self._sizes = [self._size(sample) for sample in samples]  # rows through the model
         self._tokens = spec.tokens_per_step or _TOKENS_PER_STEP
         self._plans: OrderedDict[int, list[list[int]]] = OrderedDict()
         self._starts = [0]  # first global step of each epoch planned so far, and of the next
@@ -65,7 +67,7 @@ class Stream:
     @property
     def microbatch_tokens(self) -> int:
         """Room of one microbatch: as given, else that of a step, and never less than the longest row."""
-        return self.spec.microbatch_tokens or max(self._tokens, max(self.lengths))
+        return self.spec.microbatch_tokens or max(self._tokens, max(self._sizes))
 
     def total_steps(self, epochs: float) -> int:
         """Steps of `epochs` epochs, the last one perhaps in part; at least one."""
@@ -125,7 +127,7 @@ class Stream:
 
     def packed(self, samples: Sequence[Sample]) -> list[Batch]:
         """Samples from elsewhere in microbatches like the stream's own."""
-        bins = self._bins([sample.length for sample in samples])
+        bins = self._bins([self._size(sample) for sample in samples])
         return [collate([samples[i] for i in members]) for members in bins]
 
     def fill(self, steps: int | None = None) -> float:
@@ -135,12 +137,15 @@ class Stream:
         """
         used = room = 0
         for rows in self.plan(0)[:steps]:
-            sizes = [sum(self.lengths[row] for row in members) for members in self._members(rows)]
+            sizes = [sum(self._sizes[row] for row in members) for members in self._members(rows)]
             used, room = used + sum(sizes), room + len(sizes) * max(sizes)
         return used / room
 
+    def _size(self, sample: Sample) -> int:
+        return sample.length + self.spec.reserved_per_root * sample.roots
+
     def _members(self, rows: Sequence[int]) -> list[list[int]]:
-        return [[rows[i] for i in members] for members in self._bins([self.lengths[row] for row in rows])]
+        return [[rows[i] for i in members] for members in self._bins([self._sizes[row] for row in rows])]
 
     def _bins(self, lengths: Sequence[int]) -> list[list[int]]:
         if self.spec.packing == "none":

@@ -9,7 +9,6 @@ from the step's number, so a resumed run finds the same.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from luthier.contracts.method import SCHEDULED, Method, trains
 from luthier.data.staged import Staged
 from luthier.data.stream import Stream
 from luthier.engine.schedule import ScheduleSpec, multiplier
+from luthier.models.parts import check_patterns, matching
 from luthier.models.sites import original_name
 from luthier.recipe.recipe import TrainSection
 from luthier.recipe.stages import stages_of
@@ -39,7 +39,7 @@ class Leg:
 
     def moves(self, name: str) -> bool:
         """Whether a parameter of this original name trains in it."""
-        return self.unfreeze is None or any(re.search(pattern, name) for pattern in self.unfreeze)
+        return self.unfreeze is None or bool(matching([name], self.unfreeze))
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,14 @@ class Thaw:
             raise RecipeError("this method says itself what trains in which step", where="train.stages.unfreeze",
                               remedy="leave unfreeze out of the stages")  # fmt: skip
         for leg in course.legs if course.thaws else ():
+            check_patterns(leg.unfreeze or (), f"train.stages.unfreeze ({leg.name})")
             for pattern in leg.unfreeze or ():
-                if not any(re.search(pattern, name) for name in self._trained):
+                if not matching(self._trained, [pattern]):
                     raise RecipeError(
                         "names nothing that the method trains", where=f"train.stages.unfreeze ({leg.name})",
-                        value=pattern, remedy=f"parameters are called like {next(iter(self._trained), 'none')}",
+                        value=pattern,
+                        remedy="a pattern starts where a name starts; its parameters are called like "
+                        + next(iter(self._trained), "none"),
                     )  # fmt: skip
         for parameter in self._trained.values():
             setattr(parameter, SCHEDULED, True)

@@ -3,7 +3,8 @@
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p <- p (1 - lr wd) - lr mhat / (sqrt(vhat) + eps)
 
 A method's groups carry the names of their parameters, so state is saved and restored by name; `lr_scale`
-multiplies the group's rate (LoRA+). Tensors of one dimension get no weight decay unless a group says so.
+multiplies the group's rate (LoRA+). Tensors of one dimension get no weight decay unless a group says so. Groups with
+a `projection` keep their moments in a subspace (engine/projected.py), the others beside them do not.
 torch's fused kernel runs where all parameters are floating point on a CPU or a CUDA device. Inverses side by
 side: `state_tensors` / `load_state`. Left out: every other optimizer, which is refused by name.
 """
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import CheckpointError, RecipeError
 from luthier.contracts.method import Method, trains
+from luthier.engine.projected import ProjectedAdamW
+from luthier.models.projection import Projection
 
 OPTIMIZERS = ("adamw",)
 _EPS = 1e-8
@@ -35,15 +38,23 @@ def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: 
     for group in method.groups(model):
         scale = float(group.get("lr_scale", 1.0))
         decay = float(group.get("weight_decay", spec.weight_decay))
-        groups.append(
-            {"params": list(group["params"]), "names": list(group["names"]), "lr_scale": scale,
-             "lr": learning_rate * scale, "weight_decay": decay}
-        )  # fmt: skip
+        made = {"params": list(group["params"]), "names": list(group["names"]), "lr_scale": scale,
+                "lr": learning_rate * scale, "weight_decay": decay}  # fmt: skip
+        groups.append(made | ({"projection": dict(group["projection"])} if group.get("projection") else {}))
     _check(groups, model)
-    return torch.optim.AdamW(
+    kind = ProjectedAdamW if any("projection" in group for group in groups) else torch.optim.AdamW
+    return kind(
         groups, lr=learning_rate, betas=tuple(spec.adam_betas), eps=_EPS, weight_decay=spec.weight_decay,
         fused=_can_fuse(groups),
     )  # fmt: skip
+
+
+def of_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> torch.optim.Optimizer:
+    """An optimizer of the same kind for a single parameter of a group, with the very state of the large one."""
+    settings = {key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group}
+    one = type(optimizer)([{"params": [parameter], **settings}], lr=group["lr"])
+    one.state = optimizer.state
+    return one
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -75,15 +86,25 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], 
         for name, parameter in zip(group["names"], group["params"], strict=True):
             slots = {key.split("::", 1)[1]: key for key in tensors if key.split("::", 1)[0] == name}
             if slots:
-                optimizer.state[parameter] = {slot: _placed(left.pop(key), parameter) for slot, key in slots.items()}
+                shapes = _shapes(group, parameter)
+                optimizer.state[parameter] = {
+                    slot: _placed(left.pop(key), parameter, shapes.get(slot)) for slot, key in slots.items()
+                }
             else:
                 optimizer.state.pop(parameter, None)
     if left:
         raise CheckpointError("optimizer tensors without a parameter", value=sorted(left)[:5])
 
 
-def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    if value.ndim and value.shape != parameter.shape:
+def _shapes(group: dict[str, Any], parameter: nn.Parameter) -> Mapping[str, tuple[int, ...]]:
+    """Slot -> shape of the state of one parameter."""
+    if group.get("projection"):
+        return Projection(**group["projection"]).slots(parameter.shape)
+    return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))
+
+
+def _placed(value: Tensor, parameter: nn.Parameter, shape: tuple[int, ...] | None) -> Tensor:
+    if value.ndim and value.shape != shape:
         raise CheckpointError(
             f"optimizer state of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
         )

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from luthier.contracts.errors import RecipeError
+from luthier.contracts.method import trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def settle(model: nn.Module, precision: Precision) -> nn.Module:
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            wanted = torch.float32 if parameter.requires_grad else precision.frozen
+            wanted = torch.float32 if trains(parameter) else precision.frozen
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
     return model

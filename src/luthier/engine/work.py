@@ -16,6 +16,7 @@ from torch import Tensor
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Resumed, RunStarted
+from luthier.contracts.method import trains
 from luthier.contracts.record import Sample
 from luthier.engine import checkpoint, saving
 from luthier.engine.course import Thaw, course_of
@@ -105,7 +106,7 @@ class Work:
         stream, parameters = self.run.stream, list(self.model.parameters())
         return RunStarted(
             steps=self.steps, epochs=stream.epoch_at(self.steps),
-            trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            trainable=sum(p.numel() for p in parameters if trains(p)),
             parameters=sum(p.numel() for p in parameters), rows=len(stream.samples),
             tokens_per_epoch=stream.tokens_per_epoch, step=self.state.step,
         )  # fmt: skip

@@ -9,6 +9,9 @@ against its ancestors' and its own keys, so nothing of size T x T exists and no 
 A window or chunk counts positions along a segment's path, not packed rows. Soft caps and sinks have no fused
 kernel and take the explicit path. An attention argument that is not understood is an error: ignoring one gives
 wrong numbers in silence. `luthier_forest_dense` is the plain twin (one dense mask) that the tests compare with.
+
+Keys and values may stand in front of every root (models/prefix.py): each query sees them all. They
+travel in the mask too; windows and chunks, which count positions, are refused beside them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from luthier.contracts.batch import Forest
 from luthier.models.kernels.varlen import VarlenPlan, varlen_attention
+from luthier.models.prefix import Prefix, prefix_now
 
 FOREST = "luthier_forest"
 DENSE = "luthier_forest_dense"
@@ -81,6 +85,7 @@ class ForestMask:
     chunk: int | None = None
     kernel: str = "sdpa"
     kept: Kept | None = None  # for models/last_layer.py; attention itself computes every row
+    prefix: Prefix | None = None
     _blocks: dict[tuple[int | None, torch.device, bool], list[Block]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -105,6 +110,11 @@ class ForestMask:
             )
         return key, value
 
+    @property
+    def ahead(self) -> int:
+        """Virtual tokens in front of every root."""
+        return 0 if self.prefix is None else self.prefix.tokens
+
     @cached_property
     def varlen(self) -> VarlenPlan:
         return VarlenPlan.of(self.forest)
@@ -124,7 +134,7 @@ class ForestMask:
         skip = max(0, before + int(rows[0]) - window + 1) if window else 0
         seen = keys - skip
         plain = seen == len(rows) and not (window and seen > window) and not (self.chunk and seen > self.chunk)
-        if plain and not explicit:
+        if plain and not explicit and not self.ahead:
             return Block(segment, chain, skip, None)
         query, other = rows[:, None] + before, torch.arange(skip, keys, device=device)  # positions along the path
         mask = query >= other
@@ -132,6 +142,8 @@ class ForestMask:
             mask &= query - other < window
         if self.chunk:
             mask &= query // self.chunk == other // self.chunk
+        if self.ahead:
+            mask = F.pad(mask, (self.ahead, 0), value=True)
         return Block(segment, chain, skip, mask)
 
 
@@ -164,16 +176,23 @@ def forest_context(forest: Forest, kernel: str = "sdpa", kept: Kept | None = Non
         _current.reset(token)
 
 
+@contextmanager
+def forest_instead(forest: Forest, kept: Kept | None) -> Iterator[None]:
+    """Within it, another forest on the same kernel takes the place of the one in force."""
+    with forest_context(forest, _current.get()[1], kept):
+        yield
+
+
+def forest_now() -> Forest | None:
+    """The forest of the context in force; None outside any."""
+    current = _current.get(None)
+    return None if current is None else current[0]
+
+
 def kept_rows() -> Kept | None:
     """What the forest context in force says about the last layer's rows; None outside any."""
     current = _current.get(None)
     return None if current is None else current[2]
-
-
-def current_forest() -> Forest | None:
-    """The packed forest that runs now; None outside any: rows of one length, or an ordinary transformers model."""
-    current = _current.get(None)
-    return None if current is None else current[0]
 
 
 @contextmanager
@@ -215,7 +234,7 @@ def forest_mask(
         and local == getattr(config, "attention_chunk_size", None)
         and local != getattr(config, "sliding_window", None)
     )
-    return ForestMask(forest, None if chunked else local, local if chunked else None, kernel, kept)
+    return ForestMask(forest, None if chunked else local, local if chunked else None, kernel, kept, prefix_now())
 
 
 def forest_attention(
@@ -229,8 +248,10 @@ def forest_attention(
         seen.append(id(module))
     key, value = mask.admit(query, key, value)
     width, window = value.shape[-1], mask.window or terms.sliding_window
+    ahead = _ahead(module, mask, window, key, value)
     if (
         mask.kernel == "varlen"
+        and ahead is None
         and mask.query_lengths is mask.lengths
         and not terms.explicit
         and not mask.chunk
@@ -246,6 +267,8 @@ def forest_attention(
     out_segments = []
     for block in mask.blocks(window, query.device, terms.explicit):
         k, v = _chain(keys, block), _chain(values, block)
+        if ahead is not None:
+            k, v = torch.cat([ahead[0], k], 2), torch.cat([ahead[1], v], 2)
         attend = _explicit if terms.explicit else _fused
         out_segments.append(attend(queries[block.segment], k, v, block.mask, terms))
     return torch.cat(out_segments, 2)[..., :width].transpose(1, 2).contiguous(), None
@@ -257,7 +280,11 @@ def dense_attention(
     """The plain twin: one dense T x T mask, every term spelled out."""
     terms = _understood(module, attention_mask, kwargs)
     mask: ForestMask = attention_mask
-    dense_TT = dense_mask(mask.forest, mask.window or terms.sliding_window, mask.chunk).to(query.device)
+    window = mask.window or terms.sliding_window
+    dense_TT = dense_mask(mask.forest, window, mask.chunk).to(query.device)
+    if (ahead := _ahead(module, mask, window, key, value)) is not None:
+        key, value = torch.cat([ahead[0], key], 2), torch.cat([ahead[1], value], 2)
+        dense_TT = F.pad(dense_TT, (mask.ahead, 0), value=True)
     return _explicit(query, key, value, dense_TT, terms).transpose(1, 2).contiguous(), None
 
 
@@ -292,6 +319,19 @@ def _understood(module: nn.Module, mask: Any, kwargs: dict[str, Any]) -> Terms:
     if not_causal or getattr(module, "is_cross_attention", False):
         raise ForestUnsupported(f"{type(module).__name__} is not causal self-attention")
     return Terms(**terms)
+
+
+def _ahead(
+    module: nn.Module, mask: ForestMask, window: int | None, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The prefix's keys and values for this layer, where there is one."""
+    if mask.prefix is None:
+        return None
+    if window or mask.chunk:
+        raise ForestUnsupported("a prefix beside a window or chunk, which count positions")
+    if (layer := getattr(module, "layer_idx", None)) is None:
+        raise ForestUnsupported(f"{type(module).__name__} does not say which layer it is")
+    return mask.prefix.before(layer, key, value)
 
 
 def _chain(parts: tuple[Tensor, ...], block: Block) -> Tensor:

@@ -81,12 +81,12 @@ def _keep_rows(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     mask = _mask_in(args, kwargs)
     if mask is None or mask.kept is None:
         return None
-    table = (mask.forest, mask.window, mask.chunk, mask.kernel)
+    table: dict[str, Any] = {name: getattr(mask, name) for name in ("forest", "window", "chunk", "kernel", "prefix")}
     recomputes = getattr(layer, "gradient_checkpointing", False)
     try:
         if recomputes:
             layer.gradient_checkpointing = False  # a pass that is broken off cannot be run again
-        layer.forward(*_given(args, mask, _Taking(*table)), **_given(kwargs, mask, _Taking(*table)))
+        layer.forward(*_given(args, mask, _Taking(**table)), **_given(kwargs, mask, _Taking(**table)))
     except _KeysValues as taken:
         key, value = taken.args
     else:
@@ -94,7 +94,7 @@ def _keep_rows(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     finally:
         if recomputes:
             layer.gradient_checkpointing = True
-    giving = _Giving(*table, asking=mask.kept, key=key, value=value)
+    giving = _Giving(**table, asking=mask.kept, key=key, value=value)
     return _given(args, mask, giving), _given(kwargs, mask, giving)
 
 

@@ -42,11 +42,16 @@ class Limits:
     padding: int | None = None
     why: str = ""
 
-    def allow(self, batch: Batch) -> bool:
-        """May this batch be packed as it is?"""
-        if self.rows is not None and batch.tokens >= self.rows:
+    @property
+    def everything(self) -> bool:
+        return self.rows is None and self.positions is None
+
+    def allow(self, batch: Batch, taken: int = 0, added: int = 0) -> bool:
+        """May this batch be packed, with `taken` positions before each row's and `added` rows before each root?"""
+        roots = batch.forest.parent.count(-1)
+        if self.rows is not None and batch.tokens + added * roots >= self.rows:
             return False
-        return self.positions is None or int(batch.positions_T.max()) < self.positions
+        return self.positions is None or int(batch.positions_T.max()) + taken < self.positions
 
     def positions_T(self, batch: Batch) -> Tensor:
         """The positions that the model itself would give to every path alone."""

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.errors import ModelError
 from luthier.models.attention import ForestUnsupported, Kept, forest_context, kept_rows
+from luthier.models.decoder_site import positions_and_rows
 from luthier.models.fused import Fused
 from luthier.models.gradient_room import room_of
 from luthier.models.head import decoder_of
@@ -128,13 +129,17 @@ class Trunk:
         if self.path == "unpacked":
             with native_attention(self.model):
                 return self._by_path(batch, paths_of(batch), partial(self._rows, batch, end, asked))
-        if not self.facts.limits.allow(batch):
+        if not self._packs(batch):
             single = [[path] for paths in paths_of(batch) for path in paths]
             return self._by_path(batch, single, partial(self._single, batch, end, asked))
         with forest_context(batch.forest, self.facts.kernel, self._kept(batch)):
             positions_T = self.facts.limits.positions_T(batch)
             inputs = {"input_ids": batch.tokens_T[None], "position_ids": positions_T[None]}
             return end(inputs, batch.scored_N, asked)
+
+    def _packs(self, batch: Batch) -> bool:
+        limits = self.facts.limits
+        return limits.everything or limits.allow(batch, *positions_and_rows(self.model))
 
     def _kept(self, batch: Batch) -> Kept | None:
         """The rows that the last layer computes; None: all, where few are left out or the head is not known apart."""

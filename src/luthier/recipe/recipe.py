@@ -146,7 +146,7 @@ class StageSection(Section):
         "kept", "reset starts the stage with fresh averages, for other rows or a rate that jumps."
     )
     unfreeze: tuple[Name, ...] | None = _field(
-        None, "Regexes on parameter paths: of what the method trains, only these move in the stage. Default: all.",
+        None, "Regexes from the start of parameter names: of what the method trains, only these move. Default: all.",
         min_length=1,
     )  # fmt: skip
     data: tuple[DataSource, ...] | None = _field(

@@ -13,6 +13,7 @@ gets more noise than it would get alone. `length: padded` is what transformers c
 of the microbatch, so the noise depends on how a step is split. Peers' `neftune_noise_alpha` is read as `alpha`.
 
 When: chat answers from small instruction sets; alpha 5, 10 or 15. Cost: one draw for each number of the embedded rows.
+Virtual tokens of prompt methods get none and are not counted, as in PEFT.
 Leaves out: noise for a padded batch with a mask of its own, which nothing here makes (there S counts the padding).
 """
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.regularizer import NOISE, Regularizer
-from luthier.models.attention import current_forest
+from luthier.models.attention import forest_now
 
 LENGTHS = ("true", "padded")
 
@@ -69,7 +70,7 @@ class NEFTune(Regularizer):
         if not embedding.training:
             return None
         u_BTD = torch.empty(e_BTD.shape, dtype=torch.float32, device=e_BTD.device).uniform_(-1.0, 1.0)
-        forest = current_forest()
+        forest = forest_now()
         if forest is not None and e_BTD.shape[:2] != (1, forest.tokens):
             forest = None
         return noisy(e_BTD, u_BTD, self.alpha, lengths_of(e_BTD, forest, padded=self.length == "padded"))

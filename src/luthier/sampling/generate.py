@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.contracts.errors import ModelError
+from luthier.models.decoder_site import positions_and_rows
 from luthier.models.shapes import max_positions
 from luthier.models.switch import native_attention
 
@@ -119,9 +120,10 @@ def room(model: nn.Module, prompt_tokens: int, wanted: int) -> int:
     most = max_positions(model.config)
     if most is None:
         return wanted
+    most -= positions_and_rows(model)[0]
     if prompt_tokens >= most:
         raise ModelError("the prompt leaves no position for an answer", value=f"{prompt_tokens} tokens",
-                         remedy=f"the model has {most} positions: shorten it")  # fmt: skip
+                         remedy=f"the model has {most} positions for text: shorten it")  # fmt: skip
     return min(wanted, most - prompt_tokens)
 
 

@@ -26,6 +26,7 @@ from luthier.contracts.method import Method
 from luthier.contracts.regularizer import Regularizer, adds_penalty
 from luthier.contracts.strategy import LossOf
 from luthier.engine.memory import is_out_of_memory
+from luthier.engine.optimizer import of_one
 from luthier.engine.precision import Precision
 from luthier.engine.strategy.single import Single
 from luthier.engine.sums import Sums
@@ -68,11 +69,8 @@ class InBackward(Single):
         """One small optimizer for each parameter, all with the state of the one that checkpoints know."""
         super().bind(optimizer)
         for group in self._groups():
-            settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "fused")}
             for parameter in group["params"]:
-                one = torch.optim.AdamW([parameter], lr=group["lr"], **settings)
-                one.state = optimizer.state
-                hook = partial(self._update, group, one)
+                hook = partial(self._update, group, of_one(optimizer, group, parameter))
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def release(self) -> None:

@@ -1,0 +1,147 @@
+"""A site around the decoder, the model without its head: every call of it passes here, whoever makes it.
+
+    packed   one row of a forest under forest attention (the trunk): `packed(given)`
+    native   rows (B, T) on the model's own attention, with or without a cache, `generate` among them: `native(given)`
+
+`given` are the call's arguments by name. Methods of virtual tokens are such sites: what they put in front of each row
+they must take off again, so that callers find the rows they gave. The site stands under the decoder's own name:
+embeddings, layers and settings are found through it, and base weights keep their names (models/sites.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from luthier.contracts.batch import Forest
+from luthier.contracts.errors import ModelError, RecipeError
+from luthier.models.attention import DENSE, FOREST, forest_now
+from luthier.models.head import decoder_of
+from luthier.models.sites import Site, sites
+
+_COUNTED = ("position_ids", "cache_position")
+
+
+class DecoderSite(Site):
+    """`on`: `packed` or `native` decide; off: the decoder's own call, argument for argument."""
+
+    adds_rows: bool = False  # its virtual tokens are rows of the pack, not only positions
+
+    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+        super().__init__(base)
+        self.delta = delta
+        delta.train(base.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.on:
+            return self.base_layer(*args, **kwargs)
+        if args:
+            kwargs |= zip(inspect.signature(self.base_layer.forward).parameters, args, strict=False)
+        forest = forest_now()
+        config: Any = self.base_layer.config
+        if forest is not None and config._attn_implementation in (FOREST, DENSE):
+            return self.packed(forest, kwargs)
+        return self.native(kwargs)
+
+    @property
+    def tokens(self) -> int:
+        """Virtual tokens in front of each row."""
+        raise NotImplementedError
+
+    def packed(self, forest: Forest, given: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def native(self, given: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+def decoder_path(model: nn.Module, method: str) -> str:
+    """Where the decoder is, or RecipeError where the model has no such part."""
+    decoder = decoder_of(model)
+    if decoder is not None:
+        for path, module in model.named_modules():
+            if module is decoder:
+                return path
+    raise RecipeError(
+        f"{method} goes around the model without its head, and this model has no such part",
+        where="method", value=type(model).__name__, remedy="use a method on linears, such as lora",
+    )  # fmt: skip
+
+
+def later(given: dict[str, Any], tokens: int) -> None:
+    """Positions that the caller counted begin `tokens` later."""
+    for name in _COUNTED:
+        if given.get(name) is not None:
+            given[name] = given[name] + tokens
+
+
+def widen(given: dict[str, Any], tokens: int) -> None:
+    """A padding mask (B, T) sees `tokens` more in front; any other mask is not understood."""
+    mask = given.get("attention_mask")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ModelError("virtual tokens need a padding mask of two dimensions", value=type(mask).__name__)
+    given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], tokens), mask], 1)
+
+
+def cache_of(decoder: nn.Module, given: dict[str, Any]) -> Cache | None:
+    """The call's own cache, a new one where it asks for one, None where it asks for none."""
+    config: Any = decoder.config
+    cache, use = given.get("past_key_values"), given.get("use_cache")
+    if cache is None and (config.use_cache if use is None else use):
+        return DynamicCache(config=config)
+    if cache is not None and not isinstance(cache, Cache):
+        raise ModelError("virtual tokens need a cache of transformers' own kind", value=type(cache).__name__)
+    return cache
+
+
+def exchange(output: Any, found: Any, instead: Any) -> Any:
+    """A model's output with one of its values exchanged, or without it."""
+    if isinstance(output, tuple):
+        return tuple(instead if x is found else x for x in output if x is not found or instead is not None)
+    return type(output)(**{name: instead if x is found else x for name, x in output.items()})
+
+
+@contextmanager
+def keeping_activations(decoder: nn.Module) -> Iterator[None]:
+    """Within it no block recomputes: transformers takes a cache away from blocks that do."""
+    recomputing = [m for m in decoder.modules() if m.__dict__.get("gradient_checkpointing") and m.training]
+    try:
+        for module in recomputing:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in recomputing:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """For a look at how a model computes: no gradients, nothing random, nothing left changed."""
+    place = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad(), torch.random.fork_rng([place] if place.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def row_of(model: nn.Module, tokens: int) -> Tensor:
+    """A short row (1, T) of token ids that every model has."""
+    return torch.arange(1, 1 + tokens, device=next(model.parameters()).device)[None]
+
+
+def positions_and_rows(model: nn.Module) -> tuple[int, int]:
+    """(positions that virtual tokens take from every row, rows that they add in front of every root)."""
+    found = [site for site in sites(model) if isinstance(site, DecoderSite) and site.on]
+    return sum(site.tokens for site in found), sum(site.tokens for site in found if site.adds_rows)
