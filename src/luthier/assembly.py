@@ -272,7 +272,7 @@ def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample],
     )  # fmt: skip
 
 
-def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, objective: Objective) -> Stream:
+def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, reserved: int) -> Stream:
     """The training rows as steps: one stream, or one for each stage of the recipe after the other.
 
     Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.

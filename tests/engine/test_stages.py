@@ -19,6 +19,7 @@ from luthier.engine.journal import metric_rows, read
 from luthier.engine.loop import train
 from luthier.engine.schedule import ScheduleSpec, multiplier
 from luthier.engine.task import Run
+from luthier.methods.full import Full
 from luthier.recipe.recipe import TrainSection
 
 STAGES: tuple[dict[str, Any], ...] = (
@@ -136,6 +137,16 @@ def test_a_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
 def test_a_pattern_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="regular expression"):
         list(train(build(tmp_path, ({"steps": 3, "unfreeze": ("(",)},), method="full")))
+
+
+def test_a_method_with_a_schedule_of_its_own_is_refused(tmp_path: Path) -> None:
+    class Scheduled(Full):
+        def before_step(self, model: Any, step: int, steps: int) -> None: ...
+
+    run = build(tmp_path, ({"steps": 3, "unfreeze": ("lm_head",)},), method="full")
+    run.method = Scheduled()
+    with pytest.raises(RecipeError, match="says itself what trains"):
+        list(train(run))
 
 
 def test_the_course_by_hand() -> None:

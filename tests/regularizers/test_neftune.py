@@ -12,12 +12,14 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Piece, Sample, Source
+from luthier.contracts.regularizer import NOISE
 from luthier.data.pack import collate
 from luthier.engine.journal import read
 from luthier.engine.loop import train
 from luthier.engine.modes import at_rest, train_mode
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
+from luthier.methods.prompt import PromptTuning
 from luthier.models.attention import forest_context
 from luthier.models.probe import open_trunk
 from luthier.models.token_rows import attach_rows
@@ -141,6 +143,26 @@ def test_it_lies_over_whatever_stands_at_the_embedding(kind: str) -> None:
     torch.testing.assert_close(noise, u * 5.0 / (9 * 64) ** 0.5, atol=1e-6, rtol=1e-5)
     one.detach(model)
     assert torch.equal(embedded(model), before)
+
+
+@pytest.mark.parametrize("attention", ["forest", "unpacked"])
+def test_virtual_tokens_get_none_and_are_not_counted(attention: str) -> None:
+    model = tiny()
+    PromptTuning(num_virtual_tokens=3).attach(model)
+    trunk = open_trunk(model, attention=attention)
+    seen: list[Tensor] = []
+    embedding = model.get_input_embeddings()
+    for _ in range(2):
+        embedding.register_forward_hook(lambda module, args, out: seen.append(out.detach()) or None)
+        if not hasattr(embedding, NOISE):
+            NEFTune(alpha=5.0).attach(model)
+    model.train()
+    torch.manual_seed(7)
+    trunk.logprobs(collate([Sample((Piece([1] * 12, [0.0] + [1.0] * 11),), Source("r", 1), id=0)]))
+    before, after = seen
+    torch.manual_seed(7)
+    u = torch.empty(1, 12, 64).uniform_(-1, 1)
+    torch.testing.assert_close(after - before, u * 5.0 / (12 * 64) ** 0.5, atol=1e-6, rtol=1e-5)
 
 
 def test_a_tied_head_gets_no_noise() -> None:

@@ -78,10 +78,10 @@ def changes_of(model: nn.Module, new: Collection[str] = ()) -> Iterator[Product 
 
 
 def _factors(site: Site) -> tuple[Tensor, Tensor, float] | None:
-    """(A, B, s) where the change of the weight is s B A and both train."""
+    """(A, B, s) where the change of the weight is s B A."""
     ask = None if isinstance(site, SavedModule) else getattr(site._modules.get("delta"), "factors", None)
     found: tuple[Tensor, Tensor, float] | None = None if ask is None else ask()
-    return found if found is not None and all(trains(x) for x in found[:2]) else None
+    return found if found is not None and any(trains(x) for x in found[:2]) else None
 
 
 @dataclass(frozen=True)
