@@ -1,7 +1,8 @@
-"""Writes the generated pages of docs/: verbs, recipe, methods, objectives. `make docs`; a test holds them current.
+"""Writes the generated pages of docs/: verbs, recipe, methods, objectives, regularizers. `make docs`; a test holds them
+current.
 
-Sources: the click commands, the recipe's JSON Schema, and the opening words of the files in methods/ and
-objectives/ (read, not imported). `--check` writes nothing and exits 1 where a page is stale.
+Sources: the click commands, the recipe's JSON Schema, and the opening words of the files in methods/, objectives/ and
+regularizers/ (read, not imported). `--check` writes nothing and exits 1 where a page is stale.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def pages() -> dict[str, str]:
     schema = json.loads((PACKAGE / "recipe" / "schema.json").read_text("utf-8"))
     return {
         "verbs.md": verbs(), "recipe.md": recipe(schema), "methods.md": methods(schema),
-        "objectives.md": objectives(schema), "families.md": families(),
+        "objectives.md": objectives(schema), "regularizers.md": regularizers(schema), "families.md": families(),
     }  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def recipe(schema: dict[str, Any]) -> str:
     parts = [
         MARK + "# Recipe reference\n\nThe same words in YAML, in Python (`luthier.Recipe`) and on the command line "
         "(`luthier train my.yaml train.epochs=2`). `luthier explain PATH` prints one field; the fields of "
-        "methods are in [methods.md](methods.md), those of objectives in [objectives.md](objectives.md).\n"
+        "methods are in [methods.md](methods.md), those of objectives in [objectives.md](objectives.md), those of "
+        "regularizers in [regularizers.md](regularizers.md).\n"
     ]
     for name, spec in schema["properties"].items():
         section = definition(spec, schema)
@@ -211,9 +213,22 @@ def objectives(schema: dict[str, Any]) -> str:
     return "\n".join([head, *(card(branch, path, "objective") for branch, path in found)])
 
 
+def regularizers(schema: dict[str, Any]) -> str:
+    head = MARK + (
+        "# Regularizers\n\nWhat rides beside any method and any objective: a list in the recipe, such as "
+        "`regularizers: [neftune, {name: l2sp, alpha: 0.01}]`. One file each; the name in the recipe is the name of "
+        "the file. A dotted path names one of your own, a dataclass of "
+        "`luthier.contracts.regularizer.Regularizer`.\n"
+    )
+    found = files(schema, "regularizers", "regularizers")
+    return "\n".join([head, *(card(branch, path, "regularizers") for branch, path in found)])
+
+
 def files(schema: dict[str, Any], room: str, section: str) -> list[tuple[dict[str, Any], Path]]:
     """Schema and source file of everything in a room."""
-    branches = schema["properties"][section].get("oneOf", [])
+    node = schema["properties"][section]
+    listed = [branch["items"] for branch in node.get("anyOf", []) if "items" in branch]
+    branches = (listed[0] if listed else node).get("oneOf", [])
     paths = [(branch, PACKAGE / room / f"{branch.get('title', '')}.py") for branch in branches]
     return [(branch, path) for branch, path in paths if path.is_file()]
 

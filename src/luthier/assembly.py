@@ -1,15 +1,17 @@
 """A recipe becomes everything that a run needs: method, objective, rows, model, trunk, stream, gate, identity.
 
 The order matters and is told here once: the recipe's own contradictions first, then tokenizer and rows (cheap and
-most often wrong), then weights, the self-check of packing, the method's sites, rows of added tokens, precision.
+most often wrong), then weights, the self-check of packing, the method's sites, rows of added tokens, precision, and
+what rides beside the method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,11 +22,16 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
+from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
+from luthier.data.kinds import SUPERVISED
+from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import fingerprint as contents
+from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
-from luthier.engine.cached import Cached
+from luthier.engine.cached import Cached, samples_digest
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
@@ -34,12 +41,14 @@ from luthier.engine.task import Reference, Run
 from luthier.engine.threads import settle_threads
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
+from luthier.models.score_head import HEAD
 from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.sites import base_state
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.recipe import fingerprint, resolve
-from luthier.recipe.recipe import DataSection, Recipe
+from luthier.recipe.recipe import DataSection, DataSource, Recipe
+from luthier.recipe.stages import Stage, stages_of
 
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _FEW_STEPS = 10
@@ -63,6 +72,8 @@ class Assembled:
     notes: list[str]
     evaluation: Stream | None = None  # the held-out rows
     reference: Reference | None = None  # where the objective asks for one
+    regularizers: Sequence[Regularizer] = ()
+    measured: Sequence[tuple[Regularizer, Sequence[Sample]]] = ()  # those that look at rows first, and at which
 
     @property
     def scorer(self) -> Scorer:
@@ -74,9 +85,10 @@ class Assembled:
 def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     """`now`: what templates print as the date; a resumed run passes the one it began with."""
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
+    regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
     if recipe.train.optimizer_in_backward:
-        check_in_backward(method, recipe.train.max_grad_norm)
+        check_in_backward(method, recipe.train.max_grad_norm, regularizers)
     device = resolve_device(recipe.engine.device)
     precision = _precision(recipe, device)
     settle_threads(recipe.engine.threads)
@@ -97,7 +109,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     loaded.model.to(device)
     settle(loaded.model, precision)
     reserved = method.virtual_tokens
-    steps = Stream(prepared.train, stream_spec(recipe, device, prepared.train, reserved))
+    steps = _stream(recipe, device, prepared, encoder, reserved)
     notes += _advice(recipe, prepared, trunk, steps)
     notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
     held_out = prepared.evaluation
@@ -108,7 +120,33 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     if method.looks_at_rows:
         method.look(loaded.model, _passes(trunk, steps, precision, device))
     work.reference = _reference(work)
+    _regularize(work, regularizers)
     return work
+
+
+def _regularize(work: Assembled, regularizers: Sequence[Regularizer]) -> None:
+    """Into the model as it now is, method, rows and formats in place; and the rows that some look at first."""
+    new = (HEAD,) if work.loaded.new_head else ()
+    for regularizer in regularizers:
+        regularizer.attach(work.loaded.model, new)
+    work.regularizers = regularizers
+    work.measured = [(one, _looked_at(work, one)) for one in regularizers if one.rows()]
+
+
+def _looked_at(work: Assembled, regularizer: Regularizer) -> list[Sample]:
+    """The first rows of the regularizer's file, else of the training rows; of a pair, its chosen side."""
+    if work.objective.reads != "logprobs":
+        raise RecipeError(
+            f"{type(regularizer).__name__} measures log-probabilities, which a reward model has not",
+            where="regularizers", remedy="take it out of the list",
+        )  # fmt: skip
+    side, wanted = ChosenSide(work.encoder), regularizer.rows()
+    if regularizer.on is not None:
+        source = (DataSource(path=regularizer.on),)
+        section = data_section(work.recipe).model_copy(update={"train": source, "eval": None})
+        return prepare(section, side, seed=work.recipe.train.seed, kinds=(*SUPERVISED, "Pair")).train[:wanted]
+    found = (sample for record in work.prepared.train_records for sample in side.samples(record))
+    return list(islice((sample for sample in found if sample.scored), wanted))
 
 
 def _passes(trunk: Trunk, stream: Stream, precision: Precision, device: torch.device) -> Iterator[Callable[[], None]]:
@@ -181,11 +219,17 @@ def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime |
     return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
 
 
-def prepared_rows(recipe: Recipe, encoder: Encoder) -> Prepared:
-    """Every row read and encoded; rows that the objective does not train on are refused by name."""
+def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...] | None = None) -> Prepared:
+    """Every row read and encoded; rows that the objective does not train on are refused by name.
+
+    `stage`: the sources of a stage, in place of the recipe's training rows; nothing of them is held out.
+    """
     objective: Objective = resolve.build("objectives", recipe.objective)
+    section = data_section(recipe)
+    if stage is not None:
+        section = section.model_copy(update={"train": stage, "eval": None})
     return prepare(
-        data_section(recipe), encoder, seed=recipe.train.seed, kinds=objective.records,
+        section, encoder, seed=recipe.train.seed, kinds=objective.records,
         objective=str(recipe.objective["name"]),
     )  # fmt: skip
 
@@ -228,6 +272,33 @@ def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample],
     )  # fmt: skip
 
 
+def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, reserved: int) -> Stream:
+    """The training rows as steps: one stream, or one for each stage of the recipe after the other.
+
+    Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.
+    """
+    if not recipe.train.stages:
+        return Stream(prepared.train, stream_spec(recipe, device, prepared.train, reserved))
+    found: list[tuple[Stage, list[Sample]]] = []
+    count = len(prepared.train) + len(prepared.evaluation)
+    for stage in stages_of(recipe.train):
+        rows = prepared.train
+        if stage.data is not None:
+            own = prepared_rows(recipe, encoder, stage.data)
+            prepared.ledger.join(own.ledger)
+            rows = [replace(sample, id=count + index) for index, sample in enumerate(own.train)]
+            count += len(rows)
+        found.append((stage, rows))
+    everything = [sample for _, rows in found for sample in rows]
+    parts = []
+    for number, (stage, rows) in enumerate(found):
+        seed = seed_of("stage", number, recipe.train.seed) if number else recipe.train.seed
+        section = recipe.model_copy(update={"train": stage.train})
+        stream = Stream(rows, replace(stream_spec(section, device, everything, reserved), seed=seed))
+        parts.append(Part(stream, stage.train.max_steps or stream.total_steps(stage.train.epochs)))
+    return Staged(parts)
+
+
 def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
     """What a person should know before the first step."""
     notes = []
@@ -236,7 +307,7 @@ def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> 
     if prepared.ledger.leaked:
         notes.append(f"{prepared.ledger.leaked} evaluation rows are among the training rows too")
     total = recipe.train.max_steps or steps.total_steps(recipe.train.epochs)
-    if total < _FEW_STEPS and recipe.train.max_steps is None:
+    if total < _FEW_STEPS and recipe.train.max_steps is None and not recipe.train.stages:
         size = "rows" if recipe.train.rows_per_step else "tokens"
         an_epoch = len(prepared.train) if recipe.train.rows_per_step else steps.tokens_per_epoch
         notes.append(
@@ -261,6 +332,12 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         "data.contents": work.prepared.fingerprint, "tokenizer": _tokenizer_digest(work.loaded),
         "template": fingerprint.digest(template.texts if template else None),
     }  # fmt: skip
+    for number, stage in enumerate(recipe.train.stages):
+        if stage.data is not None:
+            section = data_section(recipe).model_copy(update={"train": stage.data, "eval": None})
+            identity[f"train.stages.{number}.contents"] = contents(section)
+    for one, rows in work.measured:
+        identity[f"regularizers.{type(one).__name__}.rows"] = samples_digest(rows)
     if template and any("strftime_now" in text for text in template.texts):
         identity["template.date"] = template.now.isoformat()
     return Run(
@@ -268,6 +345,7 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
         evaluate=recipe.evaluate, evaluation=work.evaluation, identity=identity, reference=work.reference,
         benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
+        regularizers=work.regularizers, measured=work.measured,
     )  # fmt: skip
 
 

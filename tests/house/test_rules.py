@@ -60,7 +60,7 @@ def test_names_that_say_nothing_are_caught(path: str) -> None:
 
 
 def ideas() -> frozenset[str]:
-    rooms = ("methods", "objectives")
+    rooms = ("methods", "objectives", "regularizers")
     paths = [path for room in rooms for path in (ROOT / "src/luthier" / room).glob("*.py")]
     return frozenset(path.stem for path in paths) - {"__init__"}
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.objective import Loss
+from luthier.engine.memory import checkpoint_activations
+from luthier.engine.modes import train_mode
 from luthier.engine.precision import resolve_precision
 from luthier.engine.strategy.single import Single
 from luthier.methods.full import Full
@@ -34,6 +36,24 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() <= 2e-6 * max(1.0, float(tensor.abs().max())), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
+    """What a recomputed layer saved comes back as other tensor objects: the weight's own gradient must still be met."""
+    model = tiny(family)
+    Full().attach(model)
+    trunk = open_trunk(model)
+    batch = forest_batch(1)
+    trunk.logprobs(batch).dot(batch.weights_N).backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    room = GradientRoom(model)
+    assert checkpoint_activations(model)
+    train_mode(model)
+    with room.open():
+        trunk.logprobs(batch).dot(batch.weights_N).backward()
+    close(gradients(model), expected)
 
 
 @pytest.mark.parametrize("linear_loss", [True, False])

@@ -87,8 +87,8 @@ def test_every_error_at_once_in_the_order_of_the_text(write: Write) -> None:
             " — did you mean `auto`?"
         ),
         (
-            "recipe: unknown field `wat` — r.yaml:12:1 — fields here: model, data, method, objective, train, engine,"
-            " evaluate, report_to, output_dir"
+            "recipe: unknown field `wat` — r.yaml:12:1 — fields here: model, data, method, objective, regularizers,"
+            " train, engine, evaluate, report_to, output_dir"
         ),
     ]
 

@@ -19,7 +19,7 @@ from luthier.recipe.resolve import build, load, names
 
 
 def test_every_file_is_one_class() -> None:
-    for room in ("methods", "objectives"):
+    for room in ("methods", "objectives", "regularizers"):
         assert names(room)
         for name in names(room):
             assert load(room, name).__module__ == f"luthier.{room}.{name}"

@@ -1,8 +1,8 @@
 """`luthier schema`: the JSON Schema of recipes (draft 2020-12), and its generator.
 
-The sections come from recipe/recipe.py, methods and objectives from their dataclasses: a field's type from its
-annotation, its words from `metadata={"doc": ..., "unit": ...}`, its default from the field. The generator stands
-here because it imports methods and objectives, which recipe/ must not; what it writes is package data.
+The sections come from recipe/recipe.py, methods, objectives and regularizers from their dataclasses: a field's type
+from its annotation, its words from `metadata={"doc": ..., "unit": ...}`, its default from the field. The generator
+stands here because it imports these rooms, which recipe/ must not; what it writes is package data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rendered() -> str:
 
 
 def generate() -> dict[str, Any]:
-    """The schema from the sources: imports every method and objective, and so torch."""
+    """The schema from the sources: imports every method, objective and regularizer, and so torch."""
     from luthier.data.detect import known
     from luthier.recipe.recipe import Recipe
 
@@ -53,6 +53,7 @@ def generate() -> dict[str, Any]:
     for room, section in (("methods", "method"), ("objectives", "objective")):
         properties[section] = {"description": properties[section]["description"], **_room(room)}
         properties[section]["default"] = {"method": "lora", "objective": "sft"}[section]
+    _named_list(properties, "regularizers")
     for section in ("model", "data"):  # `model: path`, `data: file`
         properties[section] = {"description": properties[section]["description"],
                                "anyOf": [_SHORT, {"$ref": properties[section]["$ref"]}]}  # fmt: skip
@@ -70,8 +71,20 @@ def generate() -> dict[str, Any]:
         "anyOf": [{"enum": shapes, "type": "string"}, {"type": "null"}],
     }
     evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
+    stage = schema["$defs"]["StageSection"]["properties"]
+    stage["data"] = {**stage["data"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}
     return {**head, **schema}
+
+
+def _named_list(properties: dict[str, Any], room: str) -> None:
+    """`regularizers: neftune`, or a list of names and mappings."""
+    items = _room(room)
+    names = [branch for branch in items["oneOf"] if branch.get("type") == "string"]
+    properties[room] = {
+        "description": properties[room]["description"], "default": [],
+        "anyOf": [*names, {"type": "array", "items": items}],
+    }  # fmt: skip
 
 
 def _room(room: str) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class StepDone(Event):
     bytes: int  # resident memory (CPU) or allocated peak (GPU)
     epoch: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    stage: str = ""  # of a training in stages; left out of the journal where there are none
+
+    def record(self) -> dict[str, Any]:
+        told = {"event": self.event, **asdict(self)}
+        if not self.stage:
+            del told["stage"]
+        return told
 
 
 @dataclass(frozen=True, slots=True)

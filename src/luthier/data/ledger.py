@@ -81,6 +81,11 @@ class Ledger:
         self.accounts.append(Account(file, use))
         return self.accounts[-1]
 
+    def join(self, other: Ledger) -> None:
+        """The rows of another reading beside these: a file that both read is counted in both."""
+        self.accounts += other.accounts
+        self.rejects += other.rejects
+
     def total(self, name: str) -> int:
         """Sum of a number over the accounts: read, kept, evaluation, samples, tokens, scored_tokens."""
         return sum(getattr(account, name) for account in self.accounts)

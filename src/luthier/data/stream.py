@@ -16,7 +16,7 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Sample
@@ -120,6 +120,10 @@ class Stream:
         """All samples once, window by window in their own order: for evaluation."""
         for first in range(0, len(self.samples), self.spec.window):
             yield from self._batches(range(first, min(first + self.spec.window, len(self.samples))))
+
+    def with_microbatches(self, tokens: int | None) -> Stream:
+        """The same steps, computed in microbatches of another size."""
+        return Stream(self.samples, replace(self.spec, microbatch_tokens=tokens))
 
     def packed(self, samples: Sequence[Sample]) -> list[Batch]:
         """Samples from elsewhere in microbatches like the stream's own."""

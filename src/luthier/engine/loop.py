@@ -23,8 +23,6 @@ from luthier.contracts.objective import Loss
 from luthier.engine.journal import Journal
 from luthier.engine.lock import hold
 from luthier.engine.memory import give_back, held_bytes
-from luthier.engine.optimizer import set_learning_rate
-from luthier.engine.schedule import multiplier
 from luthier.engine.seeds import deterministic, seed_step
 from luthier.engine.signals import Interrupted, Signals
 from luthier.engine.sums import means
@@ -73,9 +71,7 @@ def _events(work: Work) -> Iterator[Event]:
 def _step(work: Work) -> Iterator[Event]:
     run, state, strategy = work.run, work.state, work.strategy
     number, started = state.step + 1, time.perf_counter()
-    learning_rate = work.base_rate * multiplier(number, work.schedule)
-    set_learning_rate(work.optimizer, learning_rate)
-    run.method.before_step(work.model, number, work.steps)
+    learning_rate = work.enter(number)
     while True:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)
@@ -94,7 +90,7 @@ def _step(work: Work) -> Iterator[Event]:
             note = work.smaller_microbatches(error, microbatches)
         give_back(run.device)
         yield Noted("warning", note)
-    penalty = strategy.backward(run.method.penalty(work.model))
+    penalty = strategy.backward(work.penalty())
     norm = strategy.clip(run.train.max_grad_norm)
     state.step = number
     if reason := work.guard.objection(loss + penalty, norm):
@@ -114,5 +110,5 @@ def _step(work: Work) -> Iterator[Event]:
     yield StepDone(
         step=number, loss=loss, grad_norm=norm, learning_rate=learning_rate, tokens=tokens, scored_tokens=scored,
         seconds=time.perf_counter() - started, bytes=held_bytes(run.device),
-        epoch=run.stream.epoch_at(number + state.passed_over), metrics=told,
+        epoch=run.stream.epoch_at(number + state.passed_over), metrics=told, stage=work.course.leg(number).name,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from luthier.contracts.errors import CheckpointError, UsageError, raise_all
 from luthier.engine.checkpoint import Content, found, load, set_aside, step_of, sweep
 
 _RUN_FILES = ("journal.jsonl", "latest", "adapter", "model", "report.json", "loss.png", "gate.json", "README.md",
-              "resolved.yaml", "env.json", "log.txt", "data", "tensorboard")  # fmt: skip
+              "resolved.yaml", "env.json", "log.txt", "data", "tensorboard", "measured")  # fmt: skip
 _BRANCH_FIELDS = ("train.learning_rate", "train.schedule", "train.warmup_ratio", "train.min_lr_ratio",
                   "train.decay_ratio", "train.epochs", "train.max_steps", "steps")  # fmt: skip
 _FRESH = "pass --fresh to start over (what is there is moved aside, not deleted)"

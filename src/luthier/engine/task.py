@@ -18,6 +18,8 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.event import Event
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
+from luthier.contracts.record import Sample
+from luthier.contracts.regularizer import Regularizer
 from luthier.data.stream import Stream
 from luthier.engine.guard import Guard
 from luthier.engine.precision import Precision
@@ -77,6 +79,8 @@ class Run:
     evaluate: EvaluateSection
     evaluation: Stream | None = None  # the held-out rows, in microbatches of their own
     reference: Reference | None = None
+    regularizers: Sequence[Regularizer] = ()  # attached
+    measured: Sequence[tuple[Regularizer, Sequence[Sample]]] = ()  # those of them that look at rows first, and at which
     identity: Mapping[str, Any] = field(default_factory=dict)
     benign: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()  # what a person must be told before the first step

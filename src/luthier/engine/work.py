@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Resumed, RunStarted
 from luthier.contracts.method import trains
 from luthier.contracts.record import Sample
-from luthier.data.stream import Stream
 from luthier.engine import checkpoint, saving
+from luthier.engine.course import Thaw, course_of
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
+from luthier.engine.measured import measure
 from luthier.engine.memory import checkpoint_activations, is_out_of_memory
 from luthier.engine.modes import train_mode
-from luthier.engine.optimizer import build_optimizer
+from luthier.engine.optimizer import build_optimizer, set_learning_rate
 from luthier.engine.resume import agree, find
-from luthier.engine.schedule import ScheduleSpec
 from luthier.engine.scoring import Scorer
 from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
@@ -42,20 +42,18 @@ class Work:
 
     def __init__(self, run: Run, journal: Journal, signals: Signals) -> None:
         self.run, self.journal, self.signals, self.guard = run, journal, signals, run.guard
-        self.steps = run.train.max_steps or run.stream.total_steps(run.train.epochs)
+        default_rate = run.method.default_learning_rate * run.objective.learning_rate_share
+        self.course = course_of(run.train, run.stream, default_rate)
+        self.steps = self.course.steps
         self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
         self.stream = run.stream
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)
         self.model = self.strategy.place(run.trunk.model)
-        self.base_rate = run.train.learning_rate or run.method.default_learning_rate * run.objective.learning_rate_share
-        self.optimizer = build_optimizer(run.method, self.model, run.train, self.base_rate)
+        self.thaw = Thaw(self.course, run.method, self.model)
+        self.optimizer = build_optimizer(run.method, self.model, run.train, self.course.legs[0].peak)
         self.strategy.bind(self.optimizer)
-        self.schedule = ScheduleSpec(
-            name=run.train.schedule, steps=self.steps, warmup_ratio=run.train.warmup_ratio,
-            min_lr_ratio=run.train.min_lr_ratio, decay_ratio=run.train.decay_ratio,
-        )  # fmt: skip
         self.saved = 0  # the step of the last save, or of the last try
         self.save_failures = 0  # in a row
         self.better = False  # the last evaluation was the best, and is not saved yet
@@ -89,9 +87,11 @@ class Work:
             yield Noted("info", f"already complete: step {self.state.step} of {self.steps}")
 
     def _ready(self) -> Iterator[Event]:
-        """What the reference must do before anything trains."""
+        """What the reference and the regularizers must do before anything trains."""
         if self.run.reference is not None:
             yield from self.run.reference.ready(self.signals.poll)
+        for regularizer, rows in self.run.measured:
+            yield from measure(regularizer, rows, self.run, self.signals.poll)
 
     def identity(self) -> dict[str, Any]:
         """The caller's identity fields, and what the stream and the arithmetic depend on."""
@@ -125,6 +125,21 @@ class Work:
 
     def _is_branch(self) -> bool:
         return self.run.resume not in (None, "auto", "strict")
+
+    def enter(self, number: int) -> float:
+        """Before the forward passes of a step: what trains in it and how fast, which is returned."""
+        leg, rate = self.course.leg(number), self.course.rate(number)
+        if leg.resets and number == leg.first:
+            self.optimizer.state.clear()
+        set_learning_rate(self.optimizer, rate)
+        self.thaw.enter(leg)
+        self.run.method.before_step(self.model, number, self.steps)
+        return rate
+
+    def penalty(self) -> Tensor | float:
+        """What is added once to the loss of a step."""
+        of_others = (regularizer.penalty(self.model) for regularizer in self.run.regularizers)
+        return sum(of_others, self.run.method.penalty(self.model))
 
     # ---------------------------------------------------------------- batches
 
@@ -169,7 +184,7 @@ class Work:
     def use_microbatches(self, tokens: int | None) -> None:
         self.state.microbatch_tokens = tokens
         if tokens != self.stream.spec.microbatch_tokens:
-            self.stream = Stream(self.stream.samples, replace(self.stream.spec, microbatch_tokens=tokens))
+            self.stream = self.stream.with_microbatches(tokens)
 
     # ---------------------------------------------------------------- evaluation and saving
 
@@ -255,6 +270,9 @@ class Work:
                 best = None
                 yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
         self.strategy.release()
+        self.thaw.undo()
+        for regularizer in self.run.regularizers:
+            regularizer.detach(self.model)
         self.model.eval()
         step = best if best is not None else state.step
         self.run.outcome = Outcome(step, state.step, best is not None, eval_loss, name)

@@ -180,6 +180,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, room: GradientRoom, turned: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.owner = weight  # where activations are recomputed, what was saved comes back as another tensor object
         ctx.room, ctx.turned, ctx.biased = room, turned, bias is not None
         return functional.linear(x, weight.t() if turned else weight, bias)
 
@@ -193,7 +194,7 @@ class _Linear(torch.autograd.Function):
             dx = (dy_TO @ (weight.t() if ctx.turned else weight)).view(x.shape)
         if ctx.needs_input_grad[1]:
             left, right = (x_TD, dy_TO) if ctx.turned else (dy_TO, x_TD)
-            ctx.room.add_product(weight, left.t(), right)
+            ctx.room.add_product(ctx.owner, left.t(), right)
         if ctx.biased and ctx.needs_input_grad[2]:
             db = dy_TO.sum(0)
         return dx, None, db, None, None
@@ -205,7 +206,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, room: GradientRoom) -> Tensor:
         ctx.save_for_backward(ids, weight)
-        ctx.room, ctx.padding = room, padding
+        ctx.owner, ctx.room, ctx.padding = weight, room, padding
         return functional.embedding(ids, weight, padding)
 
     @staticmethod
@@ -215,5 +216,5 @@ class _Embedding(torch.autograd.Function):
         ids_T, dy_TD = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(weight.dtype)
         if ctx.padding is not None:
             dy_TD = dy_TD.masked_fill((ids_T == ctx.padding)[:, None], 0)
-        ctx.room.add_rows(weight, ids_T, dy_TD)
+        ctx.room.add_rows(ctx.owner, ids_T, dy_TD)
         return None, None, None, None

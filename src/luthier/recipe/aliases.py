@@ -129,6 +129,7 @@ PEERS: dict[str, tuple[str, Read]] = {
         "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "disable_dropout",
         "cpo_alpha", "simpo_gamma", "gamma_beta_ratio", "center_rewards_coefficient",
     )},
+    **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha"), ("regularizers.neftune.alpha", _same)),
     **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs", _same)),
     "max_steps": ("train.max_steps", _no_limit),
     **dict.fromkeys(("learning_rate", "lr"), ("train.learning_rate", _same)),
@@ -152,6 +153,7 @@ _VALUES: dict[str, Read] = {
     "engine.precision": PRECISIONS, "data.packing": _when_true("forest", "none"),
 }  # fmt: skip
 
+_NAMED_LISTS = ("regularizers",)
 _BATCH = ("per_device_train_batch_size", "per_device_batch_size", "micro_batch_size")
 _ACCUMULATION = "gradient_accumulation_steps"
 
@@ -223,7 +225,9 @@ def _one(document: Document, steps: Steps, notes: list[str], errors: list[Luthie
         notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
     elif key in PEERS:
         target: Steps = tuple(PEERS[key][0].split("."))
-        if target[: len(place)] == place and target != steps:
+        if target[0] in _NAMED_LISTS:
+            _join(document, steps, target, notes, errors)
+        elif target[: len(place)] == place and target != steps:
             _rename(document, steps, target, notes, errors)
 
 
@@ -244,6 +248,28 @@ def _rename(document: Document, steps: Steps, target: Steps, notes: list[str], e
     document.set(target, new, like=steps)
     document.move(steps, target)
     notes.append(f"{where}: `{key}: {_shown(old)}` is read as `{dotted(target)}: {_shown(new)}`")
+
+
+def _join(document: Document, steps: Steps, target: Steps, notes: list[str], errors: list[LuthierError]) -> None:
+    """A field of one entry of a list: the entry is added. None and 0 are how peers say that there is none."""
+    where, (room, name, field) = document.where(steps, key=True), target
+    listed = look(document.data, (room,)) or []
+    if not isinstance(listed, list):
+        return  # the checker says so
+    value = look(document.data, steps[:-1]).pop(steps[-1])
+    if value in (None, 0) and not isinstance(value, bool):
+        notes.append(f"{where}: `{steps[-1]}: {_shown(value)}` is left out: it asks for nothing")
+        return
+    there = [index for index, entry in enumerate(listed) if isinstance(entry, dict) and entry.get("name") == name]
+    if there:
+        errors.append(_twice(document, steps, (room, there[0])))
+        return
+    entry: Steps = (room, len(listed))
+    document.set((room,), [*listed, {"name": name, field: value}], like=steps if not listed else (room,))
+    if document.values:
+        document.values.update({(*entry, key): document.where(steps) for key in ("name", field)})
+        document.values[entry] = document.keys[entry] = where
+    notes.append(f"{where}: `{steps[-1]}: {_shown(value)}` is read as `{room}: [{{name: {name}, {field}: {value}}}]`")
 
 
 def _batch(

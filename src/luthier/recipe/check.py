@@ -39,6 +39,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+_SHARES = {"warmup_ratio": 0.03, "decay_ratio": 0.1}  # and their defaults
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -81,21 +82,65 @@ def conflicts(document: Document) -> list[LuthierError]:
     if evaluate.get("on") is not None and held is not None:
         clash("held-out rows are named twice", ("evaluate", "on"),
               f"remove it or data.eval ({document.where(('data', 'eval'), key=True)})")  # fmt: skip
+    named = [section.get("name") for section in document.data.get("regularizers", [])]
+    for index, name in enumerate(named):
+        if name in named[:index]:
+            clash("a regularizer is named twice", ("regularizers", index, "name"), "keep one of them")
+    return found + _of_stages(document)
+
+
+def _of_stages(document: Document) -> list[LuthierError]:
+    """Stages and the whole run, or a stage and itself."""
+    found: list[LuthierError] = []
+    train = document.data.get("train", {})
+    stages = train.get("stages") or []
+
+    def clash(what: str, steps: Steps, remedy: str) -> None:
+        found.append(RecipeError(what, where=document.where(("train", *steps), key=True),
+                                 value=look(document.data, ("train", *steps)), remedy=remedy))  # fmt: skip
+
+    if not stages:
+        return found
+    for length, unsaid in (("epochs", 1.0), ("max_steps", None)):  # a resolved recipe has its defaults written out
+        if train.get(length, unsaid) != unsaid:
+            clash("stages have lengths of their own", (length,), f"give each stage its steps or epochs, not {length}")
+    names = [stage.get("name") for stage in stages]
+    for index, stage in enumerate(stages):
+        here = ("stages", index)
+        steps, epochs = stage.get("steps"), stage.get("epochs")
+        if steps is not None and epochs is not None:
+            clash("a stage is as long as its steps or as its epochs say", (*here, "epochs"), "keep one of them")
+        if steps is None and epochs is None:
+            clash("a stage needs a length", here, "give it steps or epochs")
+        if stage.get("rows_per_step") is not None and stage.get("tokens_per_step") is not None:
+            clash("a step is sized by tokens or by rows", (*here, "rows_per_step"), "keep one of them")
+        said = {name: train.get(name) if stage.get(name) is None else stage[name] for name in _SHARES}
+        shares = {name: _SHARES[name] if value is None else value for name, value in said.items()}
+        schedule = stage.get("schedule") or train.get("schedule")
+        if shares["warmup_ratio"] + (shares["decay_ratio"] if schedule == "wsd" else 0) > 1:
+            clash("warm-up and decay are longer than the stage", here, "their sum is at most 1")
+        if names[index] is not None and names[index] in names[:index]:
+            clash("two stages have one name", (*here, "name"), "name them apart: the journal does")
     return found
 
 
 def complete(data: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the defaults of its method and objective, so that a later default changes no old run."""
+    """A copy with the defaults of all that is named in it, so that a later default changes no old run."""
     made = {**data}
     for room in ("method", "objective"):
-        section = made.get(room) or {"name": DEFAULTS[room]}
-        fields = properties_of(room, str(section["name"])) or {}
-        defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
-        made[room] = {"name": section["name"], **defaults, **section}
+        made[room] = _with_defaults(room, made.get(room) or {"name": DEFAULTS[room]})
+    if made.get("regularizers"):
+        made["regularizers"] = [_with_defaults("regularizers", section) for section in made["regularizers"]]
     train = made.get("train", {})
     if train.get("rows_per_step") is not None:
         made["train"] = {**train, "tokens_per_step": None}
     return made
+
+
+def _with_defaults(room: str, section: dict[str, Any]) -> dict[str, Any]:
+    fields = properties_of(room, str(section["name"])) or {}
+    defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
+    return {"name": section["name"], **defaults, **section}
 
 
 def _walk(node: Schema, value: Any, steps: Steps, document: Document) -> Iterator[LuthierError]:
@@ -157,8 +202,9 @@ def _fields(node: Schema, value: dict[str, Any], steps: Steps, document: Documen
 
 
 def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Document) -> Iterator[LuthierError]:
-    """A method or an objective: its name says which fields it has; a dotted name is a guest's."""
+    """A method, an objective or a regularizer: its name says which fields it has; a dotted name is a guest's."""
     name, room = value.get("name"), dotted(steps)
+    kind = str(steps[0]).removesuffix("s")
     if not isinstance(name, str):
         names = ", ".join(names_of(node))
         yield RecipeError(f"`{room}` needs a name", where=document.where(steps), value=name, remedy=f"one of: {names}")
@@ -168,8 +214,8 @@ def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Docume
         yield from _fields(branch, value, steps, document)
     elif "." not in name:
         close = nearest(name, names_of(node))
-        remedy = (f"did you mean `{close}`? " if close else "") + f"{room}s: {', '.join(names_of(node))}"
-        yield RecipeError(f"unknown {room}", where=document.where((*steps, "name")), value=name, remedy=remedy)
+        remedy = (f"did you mean `{close}`? " if close else "") + f"{kind}s: {', '.join(names_of(node))}"
+        yield RecipeError(f"unknown {kind}", where=document.where((*steps, "name")), value=name, remedy=remedy)
 
 
 def _is(branch: Schema, value: Any) -> bool:

@@ -56,9 +56,9 @@ class Document:
 
     def set(self, steps: Steps, value: Any, *, like: Steps) -> None:
         """Put `value` at `steps`, making the mappings on the way; its place is that of `like`."""
-        into = self.data
+        into: Any = self.data
         for step in steps[:-1]:
-            into = into.setdefault(step, {})
+            into = into.setdefault(step, {}) if isinstance(into, dict) else into[step]
         into[steps[-1]] = value
         if self.values:
             place, key = self.where(like), self.where(like, key=True)

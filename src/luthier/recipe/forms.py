@@ -4,8 +4,9 @@
     method: lora             -> {name: lora}           data.train: file  -> [{path: file}], also inside a list
     method: {name: qlora}    -> {name: lora} and model.quantization: nf4
     report_to: tensorboard   -> [tensorboard]          an empty section  -> {}
+    regularizers: neftune    -> [{name: neftune}]      regularizers: [l2sp] -> [{name: l2sp}]
 
-`plain` turns what Python callers pass (dataclass instances of methods and objectives, sections, tuples)
+`plain` turns what Python callers pass (dataclass instances of methods, objectives and regularizers, sections, tuples)
 into the same plain data; a dataclass's name is the last part of its module, a guest's its dotted path.
 """
 
@@ -47,7 +48,7 @@ def plain(value: Any) -> Any:
 
 
 def _name_of(kind: type) -> str:
-    if kind.__module__.startswith(("luthier.methods.", "luthier.objectives.")):
+    if kind.__module__.startswith(("luthier.methods.", "luthier.objectives.", "luthier.regularizers.")):
         return kind.__module__.rpartition(".")[2]
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -65,8 +66,9 @@ def expand(document: Document) -> list[LuthierError]:
         elif section in SHORT and isinstance(root.get(section), str | list):
             document.move((section,), (section, SHORT[section]))
             document.set((section,), {SHORT[section]: root[section]}, like=(section, SHORT[section]))
-    for steps in _SOURCES:
+    for steps in (*_SOURCES, *_stage_sources(root)):
         _sources(document, steps)
+    _named_list(document, ("regularizers",))
     for steps in _LISTS:
         value = look(root, steps)
         if isinstance(value, str):
@@ -111,6 +113,32 @@ def _sources(document: Document, steps: Steps) -> None:
                 value[index] = {"path": item}
                 if document.values:
                     document.values[(*steps, index, "path")] = document.where((*steps, index))
+
+
+def _stage_sources(root: dict[Any, Any]) -> list[Steps]:
+    """Where stages of a training name rows of their own."""
+    stages = look(root, ("train", "stages"))
+    return [("train", "stages", index, "data") for index in range(len(stages))] if isinstance(stages, list) else []
+
+
+def _named_list(document: Document, steps: Steps) -> None:
+    """A list of named sections: one alone, or bare names in it."""
+    value = look(document.data, steps)
+    if isinstance(value, dict) and any(isinstance(key, int) for key in value):
+        return  # overrides of single items: regularizers[0].alpha=2
+    if value is None and has(document.data, steps):
+        value = []
+        document.set(steps, value, like=steps)
+    if isinstance(value, str | dict):
+        document.move(steps, (*steps, 0))
+        value = [value]
+        document.set(steps, value, like=(*steps, 0))
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            if isinstance(item, str):
+                value[index] = {"name": item}
+                if document.values:
+                    document.values[(*steps, index, "name")] = document.where((*steps, index))
 
 
 def look(data: Any, steps: Steps) -> Any:

@@ -68,6 +68,8 @@ def advice(recipe: Recipe) -> list[str]:
                      f"({recipe.data.max_tokens}): a longer row is computed alone")  # fmt: skip
     if recipe.evaluate.every is not None and not held:
         found.append("evaluate.every has nothing to score: set data.eval, such as 0.05")
+    if train.stages and all(stage.data for stage in train.stages):
+        found.append("data.train is not trained on: every stage has rows of its own")
     return found
 
 

@@ -2,12 +2,13 @@
 
     model   which weights            method     how they change      train   how long, how fast, in what batches
     data    which rows, which mask   objective  what is minimised    engine  where it runs      evaluate  on what
+    regularizers  what rides beside method and objective
 
 Every field carries its unit and one line of "why change it"; the JSON Schema, `luthier explain` and the
 editors read them from here. `Recipe(model="path", data="x.jsonl", method=LoRA(r=16))` accepts what the YAML
 accepts, and dataclasses. `resolved()` is plain data that reads back to an equal recipe.
 
-Leaves out: the fields of methods and objectives (their dataclasses are the sections; `schema.json` lists
+Leaves out: the fields of methods, objectives and regularizers (their dataclasses are the sections; `schema.json` lists
 them), anything that needs a model, and torch.
 """
 
@@ -118,6 +119,41 @@ class DataSection(Section):
     )
 
 
+class StageSection(Section):
+    """One stage of a progressive training, by steps or by epochs; what it does not say is the train section's."""
+
+    name: Name | None = _field(None, "What the journal calls it; default: its number.")
+    steps: Int | None = _field(None, "How long, in optimizer steps; the rows repeat if they must.", unit="steps", gt=0)
+    epochs: Float | None = _field(None, "How long, in passes over its rows.", unit="epochs", gt=0)
+    learning_rate: Float | None = _field(
+        None, "Peak step size of the stage; a low one first lets new weights settle.", gt=0
+    )
+    tokens_per_step: Int | None = _field(
+        None, "Packed tokens of one of its optimizer steps; more is smoother.", unit="tokens", gt=0
+    )
+    rows_per_step: Int | None = _field(None, "Rows of one of its optimizer steps instead.", unit="rows", gt=0)
+    schedule: Schedule | None = _field(None, "Course of the rate within the stage, after its own warm-up.")
+    warmup_ratio: Share | None = _field(
+        None, "Share of the stage's steps in which the rate rises from zero.", unit="share"
+    )
+    min_lr_ratio: Share | None = _field(
+        None, "Where the rate of the stage ends, relative to its learning_rate.", unit="share"
+    )
+    decay_ratio: Share | None = _field(
+        None, "Share of the stage's last steps in which schedule wsd falls.", unit="share"
+    )
+    optimizer_state: Literal["kept", "reset"] = _field(
+        "kept", "reset starts the stage with fresh averages, for other rows or a rate that jumps."
+    )
+    unfreeze: tuple[Name, ...] | None = _field(
+        None, "Regexes from the start of parameter names: of what the method trains, only these move. Default: all.",
+        min_length=1,
+    )  # fmt: skip
+    data: tuple[DataSource, ...] | None = _field(
+        None, "Rows of the stage: a file, a glob, or a list of sources; default: data.train.", min_length=1
+    )
+
+
 class TrainSection(Section):
     """How long, how fast, in what batches."""
 
@@ -162,6 +198,9 @@ class TrainSection(Section):
     )
     keep: Int = _field(3, "Newest checkpoints that stay on disk (the best one stays besides).", unit="count", ge=1)
     seed: Int = _field(42, "Start of every random stream: order, dropout, new weights.", ge=0, lt=2**63)
+    stages: tuple[StageSection, ...] = _field(
+        (), "Progressive training: stages after one another, each with its own rate, batch, length and rows."
+    )
     pack_window: Int = _field(
         1024, "Rows shuffled together before packing; larger packs tighter, smaller mixes lengths more.",
         unit="rows", ge=1,
@@ -203,6 +242,9 @@ class Recipe(Section):
     data: DataSection = _field(..., "The rows: a file, or a mapping.")
     method: dict[str, Any] = _field({"name": "lora"}, "How weights change: a name, or a mapping with its fields.")
     objective: dict[str, Any] = _field({"name": "sft"}, "What is minimised: a name, or a mapping with its fields.")
+    regularizers: tuple[dict[str, Any], ...] = _field(
+        (), "What rides beside: noise on the embeddings, pulls to the start. Names, or mappings with their fields."
+    )
     train: TrainSection = _field(TrainSection(), "How long, how fast, in what batches.")
     engine: EngineSection = _field(EngineSection(), "Where the work runs.")
     evaluate: EvaluateSection = _field(EvaluateSection(), "When held-out rows are scored.")

@@ -18,12 +18,16 @@ from typing import Any
 
 from luthier.contracts.errors import LuthierError, RecipeError
 
-_BASES = {"methods": "luthier.contracts.method.Method", "objectives": "luthier.contracts.objective.Objective"}
-_SECTIONS = {"methods": "method", "objectives": "objective"}
+_BASES = {
+    "methods": "luthier.contracts.method.Method",
+    "objectives": "luthier.contracts.objective.Objective",
+    "regularizers": "luthier.contracts.regularizer.Regularizer",
+}
+_SECTIONS = {"methods": "method", "objectives": "objective", "regularizers": "regularizers"}
 
 
 def names(room: str) -> list[str]:
-    """File names of the room, sorted: each is one method or one objective."""
+    """File names of the room, sorted: each is one method, one objective, one regularizer."""
     _known(room)
     folder = Path(__file__).resolve().parents[1] / room
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
@@ -37,7 +41,7 @@ def load(room: str, name: str) -> type[Any]:
         if name not in names(room):
             close = difflib.get_close_matches(name, names(room), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"one of: {', '.join(names(room))}"
-            raise RecipeError(f"unknown {_SECTIONS[room]}", where=where, value=name, remedy=remedy)
+            raise RecipeError(f"unknown {room.removesuffix('s')}", where=where, value=name, remedy=remedy)
         return _only(importlib.import_module(f"luthier.{room}.{name}"), room, where)
     try:
         found = _guest(name)

@@ -27,8 +27,10 @@ def schema() -> Schema:
 
 
 def properties_of(room: str, name: str) -> dict[str, Schema] | None:
-    """Fields of a method or objective by name; None for a guest."""
-    branch = named(resolve(schema()["properties"][room]), name)
+    """Fields of a method, objective or regularizer by name; None for a guest."""
+    node = resolve(schema()["properties"][room])
+    listed = [branch["items"] for branch in choices(node) if "items" in branch]
+    branch = named(listed[0] if listed else node, name)
     return {k: v for k, v in branch["properties"].items() if k != "name"} if branch else None
 
 

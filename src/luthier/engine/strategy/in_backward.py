@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError, ResourceError
 from luthier.contracts.method import Method
+from luthier.contracts.regularizer import Regularizer, adds_penalty
 from luthier.contracts.strategy import LossOf
 from luthier.engine.memory import is_out_of_memory
 from luthier.engine.optimizer import of_one
@@ -33,7 +34,7 @@ from luthier.engine.sums import Sums
 _FIELD = "train.optimizer_in_backward"
 
 
-def check_in_backward(method: Method, max_grad_norm: float) -> None:
+def check_in_backward(method: Method, max_grad_norm: float, regularizers: Sequence[Regularizer] = ()) -> None:
     """RecipeError for what needs all gradients at once."""
     if max_grad_norm:
         raise RecipeError(
@@ -44,6 +45,11 @@ def check_in_backward(method: Method, max_grad_norm: float) -> None:
         raise RecipeError(
             "this method reads gradients after the step, when they are gone", where=_FIELD, value=True,
             remedy="set it to false",
+        )  # fmt: skip
+    if late := [type(one).__name__ for one in regularizers if adds_penalty(one)]:
+        raise RecipeError(
+            "a regularizer adds a penalty, whose gradient would come too late", where=_FIELD, value=", ".join(late),
+            remedy="set it to false, or take the regularizer out",
         )  # fmt: skip
 
 
