@@ -1,6 +1,6 @@
 """Diff pruning: each target weight gets a difference, gates learn which entries matter, half a percent is kept.
 
-    y = W x + b + D x        D = w z z_group: w (out, in) starts at 0, z hard-concrete gates (models/gates.py)
+    y = W x + b + D x        D = w z z_group: w (out, in) starts at 0, z hard-concrete gates (models/hard_concrete.py)
     loss + pen * expected number of open gates            `sparsity_pen`, for the first `prune_at` of the steps
     then     the `target_density` of all entries with the largest |D| stays, and only those train on
 
