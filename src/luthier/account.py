@@ -21,6 +21,7 @@ import torch
 
 import luthier
 from luthier.artifact.adapter import save_adapter
+from luthier.artifact.adapter_config import PEFT_TYPES
 from luthier.artifact.card import CardFacts, card
 from luthier.assembly import Assembled
 from luthier.checked import gate_of
@@ -113,7 +114,7 @@ def end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
         method_fields={k: v for k, v in recipe.method.items() if k != "name"},
         data=work.prepared.ledger.summary().splitlines(),
         results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
-        peft=work.method.peft_type is not None, version=luthier.__version__,
+        peft=work.method.peft_type in PEFT_TYPES, version=luthier.__version__,
         recipe=dump(recipe.resolved()),
     )  # fmt: skip
     replace_text(directory / "README.md", card(facts))

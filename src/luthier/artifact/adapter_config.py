@@ -21,6 +21,8 @@ LARGEST_RANK = 4096
 LONGEST_TEXT = 2048
 MOST_NAMES = 20_000
 MOST_PATTERNS = 2_000
+# Types of adapters that PEFT reads; the others are ours alone, in the same layout of files.
+PEFT_TYPES = frozenset({"LORA", "ADALORA", "VERA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"})
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 Check = tuple[Callable[[Any], bool], str]

@@ -104,10 +104,6 @@ class LowRank(nn.Module):
         a_RD, b_OR = self.factors()
         return self.scale * (b_OR.float() @ a_RD.float())
 
-    def onto(self, weight: Tensor) -> Tensor:
-        """The base's weight (fp32, as `weight` lies) with the change folded in."""
-        return weight + self.weight()
-
     def peft_tensors(self) -> dict[str, Tensor]:
         a_RD, b_OR = self.factors()
         found: dict[str, Tensor] = {"lora_A.weight": a_RD, "lora_B.weight": b_OR}
@@ -165,11 +161,12 @@ def check_foldable(path: str, site: Site) -> None:
 
 
 def fold(site: Site) -> None:
-    """base.weight = delta.onto(base.weight), in fp32 and rounded once; Conv1D stores the transpose."""
+    """base.weight = delta.onto(base.weight), or + delta.weight(), in fp32, rounded once; Conv1D stores the transpose."""
     base: Any = site.base_layer
     delta: Any = site.delta
     turned = isinstance(base, Conv1D)
-    folded = delta.onto(base.weight.float().T if turned else base.weight.float())
+    weight = base.weight.float().T if turned else base.weight.float()
+    folded = delta.onto(weight) if hasattr(delta, "onto") else weight + delta.weight()
     base.weight.data = (folded.T.contiguous() if turned else folded).to(base.weight.dtype)
     if (bias := getattr(delta, "lora_bias", None)) is not None:
         base.bias.data = (base.bias.float() + delta.scale * bias.float()).to(base.bias.dtype)
