@@ -34,6 +34,11 @@ from luthier.models.rescale import InputScale, OutputScale, fold_scales
 from luthier.models.sites import AdaptedInput, AdaptedLinear, Site, named_sites, switched_off
 from luthier.models.targets import Targets, check_targets, shortest_names
 
+_PARTS = {
+    "keys_values": "linears of keys and values",
+    "feed_forward": "single last linear of the feed-forward block",
+}
+
 
 def _doc(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -148,8 +153,7 @@ class IA3(Method):
 def _found(model: nn.Module) -> tuple[list[str], list[str]]:
     """(linears of keys and values, ends of feed-forward) of all layers; RecipeError where a layer lacks either."""
     layers = channels(model)
-    for part, words in (("keys_values", "linears of keys and values"), ("feed_forward", "single last linear of the "
-                                                                         "feed-forward block")):  # fmt: skip
+    for part, words in _PARTS.items():
         lacking = [layer.layer for layer in layers if not getattr(layer, part)]
         if lacking or not layers:
             raise RecipeError(
