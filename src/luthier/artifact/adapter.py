@@ -73,7 +73,8 @@ def save_adapter(
     trained_rows = token_rows.row_config(model)
     whole = {
         **config, "auto_mapping": None, "base_model_name_or_path": base_path, "inference_mode": True,
-        "peft_version": None, "revision": None, **({token_rows.CONFIG_KEY: trained_rows} if trained_rows else {}),
+        "peft_version": None, "revision": None,
+        **({} if trained_rows is None else {token_rows.CONFIG_KEY: trained_rows}),
     }  # fmt: skip
     own = {name: value for name, value in _plain(asdict(method)).items() if name not in config}  # type: ignore[call-overload]
     side = {
