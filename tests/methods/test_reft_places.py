@@ -29,6 +29,7 @@ from luthier.sampling.generate import SamplingSpec, generate
 from methods.reft_rig import ALL, LONG, attached, batch_of, gradients, named, same_numbers, samples_of
 from methods.rig import base
 from tiny import tiny
+from tiny_families import family
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -195,3 +196,22 @@ def test_generation_continues_as_training_saw_it(family: str) -> None:
         assert found.argmax(-1).tolist() == answer
     with LoReFT().off(model):
         assert generate(model, None, prompts, SamplingSpec(max_new_tokens=6)) != made
+
+
+@pytest.mark.parametrize("name", ["llama4", "gemma3", "gpt_oss", "mamba", "qwen3_next", "falcon_h1"])
+def test_other_families_keep_their_path_and_edit_alike(name: str) -> None:
+    """Windows, sinks, chunks, state-space layers: the trunk opens as on the bare model, and generation agrees."""
+    torch.manual_seed(0)
+    model, bare = family(name), open_trunk(family(name)).facts
+    LoReFT(positions="f3+l4").attach(model)
+    trunk = open_trunk(model)
+    facts = trunk.facts
+    assert (facts.path, facts.last_layer, facts.head_map) == (bare.path, bare.last_layer, bare.head_map)
+    prompts = [torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 12, 9)]
+    made = generate(model, None, prompts, SamplingSpec(max_new_tokens=4))
+    samples = [
+        Sample((Piece([*p, *a], [0.0] * len(p) + [1.0] * len(a)),), Source("g.jsonl", i + 1), id=i)
+        for i, (p, a) in enumerate(zip(prompts, made, strict=True))
+    ]
+    with torch.no_grad():
+        assert trunk.logits(collate(samples)).argmax(-1).tolist() == sum(made, [])

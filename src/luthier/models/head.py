@@ -33,7 +33,9 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, Site) else module
+    while isinstance(module, Site):
+        module = module.base_layer
+    return module
 
 
 def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:

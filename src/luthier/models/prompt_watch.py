@@ -33,7 +33,7 @@ class PromptWatch(Site):
 
 
 def watch_prompts(model: nn.Module) -> None:
-    """Put a `PromptWatch` around the decoder; call it after the sites inside."""
+    """Put a `PromptWatch` around the decoder; paths of what is inside go on leading there."""
     decoder = decoder_of(model)
     path = next((name for name, module in model.named_modules() if module is decoder and name), None)
     if decoder is None or path is None:
