@@ -53,13 +53,14 @@ def test_a_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(weights[key], other[key]) for key in weights)
 
 
-def test_galore_steps_inside_backward_too(tmp_path: Path) -> None:
-    """Each gradient is freed at once; the steps are those of the plain strategy, a new subspace among them.
+@pytest.mark.parametrize("name", ["freeze", "galore", "lisa"])
+def test_steps_inside_backward_are_the_same(name: str, tmp_path: Path) -> None:
+    """Each gradient is freed at once; what rests at first has its turn, and a new subspace comes in between.
 
     Few steps: singular vectors of almost equal values turn any rounding into another subspace, sooner or later.
     """
-    plain, weights = losses(tmp_path / "plain", method="galore", max_grad_norm=0.0, steps=6)
-    inside, other = losses(tmp_path / "inside", method="galore", max_grad_norm=0.0, steps=6, in_backward=True)
+    plain, weights = losses(tmp_path / "plain", method=name, max_grad_norm=0.0, steps=6)
+    inside, other = losses(tmp_path / "inside", method=name, max_grad_norm=0.0, steps=6, in_backward=True)
     assert inside == pytest.approx(plain, rel=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-4)

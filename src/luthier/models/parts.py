@@ -44,17 +44,21 @@ class Parts:
 
 def parts_of(model: nn.Module) -> Parts:
     """Every parameter in exactly one part; RecipeError where the model has no list of layers."""
-    _, paths = decoder_layers(model)
+    pattern, paths = decoder_layers(model)
     if not paths:
         raise RecipeError("this model has no list of layers", where="method", remedy="use method: full, or lora")
-    names = [name for name, _ in model.named_parameters()]
-    layers = tuple(frozenset(name for name in names if name.startswith(f"{path}.")) for path in paths)
-    inside = frozenset().union(*layers)
-    embedding = _names_of(model, [m for m in model.modules() if isinstance(m, nn.Embedding)]) - inside
-    head = _names_of(model, [output_head(model)]) - inside - embedding
-    left = [name for name in names if name not in inside | embedding | head]
-    last = max((names.index(name) for name in inside), default=len(names))
-    after = frozenset(name for name in left if names.index(name) > last)
+    places = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+    inside: list[set[str]] = [set() for _ in paths]
+    for name in places:
+        if name.startswith(f"{pattern}."):
+            inside[int(name[len(str(pattern)) + 1 :].partition(".")[0])].add(name)
+    taken = set().union(*inside)
+    embedding = _names_of(model, [m for m in model.modules() if isinstance(m, nn.Embedding)]) - taken
+    head = _names_of(model, [output_head(model)]) - taken - embedding
+    left = places.keys() - taken - embedding - head
+    last = max((places[name] for name in taken), default=len(places))
+    after = frozenset(name for name in left if places[name] > last)
+    layers = tuple(frozenset(names) for names in inside)
     return Parts(embedding, layers, after, head, frozenset(left) - after)
 
 

@@ -71,7 +71,10 @@ class InBackward(Single):
         for group in self._groups():
             for parameter in group["params"]:
                 hook = partial(self._update, group, of_one(optimizer, group, parameter))
+                rests = not parameter.requires_grad  # until its turn in a method's schedule comes
+                parameter.requires_grad_(True)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+                parameter.requires_grad_(not rests)
 
     def release(self) -> None:
         super().release()
