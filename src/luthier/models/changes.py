@@ -3,7 +3,7 @@
     Product   W stays and s B A is added beside it: a low-rank pair, the change of W as a whole
     Trained   any other tensor that trains: a base weight, a bias, a module's copy, an adapter's own parameter
 
-A delta says by `factors()` that its pair is all that it adds to the weight (models/low_rank.py). A pair whose product
+A delta says by `change()` that its pair is all that it adds to the weight (models/low_rank.py). A pair whose product
 is not zero at the start (its base was changed to make up for it) is counted from there:
 
     s (B A - B0 A0) = s [B, -B0] [A; A0]         a pair again, of twice the rank
@@ -64,7 +64,7 @@ def changes_of(model: nn.Module, new: Collection[str] = ()) -> Iterator[Product 
     """Everything that trains, each tensor once. `new`: original paths of modules whose weights no file gave."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, Site) and _factors(module) is not None:
+        if isinstance(module, Site) and _change(module) is not None:
             seen.update(id(getattr(module.delta, name)) for name in _FACTORS)
             yield Product(original_name(path), module)
     for path, module in model.named_modules():
@@ -77,9 +77,9 @@ def changes_of(model: nn.Module, new: Collection[str] = ()) -> Iterator[Product 
             yield Trained(name, module, attribute, fresh)
 
 
-def _factors(site: Site) -> tuple[Tensor, Tensor, float] | None:
+def _change(site: Site) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, s) where the change of the weight is s B A."""
-    ask = None if isinstance(site, SavedModule) else getattr(site._modules.get("delta"), "factors", None)
+    ask = None if isinstance(site, SavedModule) else getattr(site._modules.get("delta"), "change", None)
     found: tuple[Tensor, Tensor, float] | None = None if ask is None else ask()
     return found if found is not None and any(trains(x) for x in found[:2]) else None
 
@@ -115,7 +115,7 @@ class Kept:
 
     def moved(self, product: Product) -> tuple[Tensor, Tensor, float]:
         """(A, B, s) of what the weight changed by since the start."""
-        a_RD, b_OR, scale = product.delta.factors()
+        a_RD, b_OR, scale = product.delta.change()
         a0_RD, b0_OR = (self.get(product.delta, name) for name in _FACTORS)
         if a0_RD is None or b0_OR is None:
             return a_RD, b_OR, scale

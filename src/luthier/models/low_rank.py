@@ -67,7 +67,7 @@ class LowRank(nn.Module):
             return None
         return self.lora_A, self.lora_B, self.scale
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+    def change(self) -> tuple[Tensor, Tensor, float] | None:
         """(A, B, s) where s B A is how the weight changes, whatever is dropped of its input; None where it is more."""
         plain = type(self).forward in (LowRank.forward, LowRankEmbedding.forward)
         return (self.lora_A, self.lora_B, self.scale) if plain else None
