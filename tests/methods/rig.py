@@ -58,10 +58,12 @@ def optimizer(method: Method, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(method: Method, model: nn.Module, steps: int = 3, *, first: int = 0, optim: object = None) -> None:
-    """Steps in the engine's order: before_step, backward, penalty, step, after_step, zero."""
+    """Steps in the engine's order: before_step, begin_step, backward, penalty, step, after_step, zero."""
     optim = optim or optimizer(method, model)
+    rows = collate([sample(row, i) for i, row in enumerate(TOKENS.tolist())])
     for step in range(first, first + steps):
         method.before_step(model, step + 1, 10)
+        method.begin_step(model, [rows])
         (loss(model) + method.penalty(model)).backward()
         optim.step()
         method.after_step(model, step + 1, 10)

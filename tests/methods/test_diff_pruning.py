@@ -18,7 +18,7 @@ from luthier.engine.memory import checkpoint_activations
 from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.diff_pruning import DiffPruning, largest
-from luthier.models.gates import Gates, Stretch, expected_open, gate, gated, gated_plain, noise_like
+from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, gated_plain, noise_like
 from luthier.models.sites import sites
 from luthier.models.sparse_difference import SparseDifference
 from methods.rig import base, logits, loss, optimizer, train
@@ -146,7 +146,7 @@ def finished(method: DiffPruning, family: str = "llama") -> nn.Module:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_finished_file_is_sparse_and_comes_back_to_the_bit(family: str, tmp_path: Path) -> None:
-    method = DiffPruning(target_density=0.02)
+    method = DiffPruning(target_density=0.02, prune_at=0.5)
     model = finished(method, family)
     save_adapter(tmp_path / "adapter", method, model, base_path="tiny")
     tensors = load_file(tmp_path / "adapter" / TENSORS)
@@ -174,7 +174,7 @@ def test_an_empty_matrix_is_an_empty_list() -> None:
 
 
 def test_a_wrong_sparse_file_is_refused_whole() -> None:
-    method = DiffPruning(target_density=0.02)
+    method = DiffPruning(target_density=0.02, prune_at=0.5)
     model = finished(method)
     tensors, tuned = method.tensors(model), logits(model)
     name = next(n for n, t in tensors.items() if n.endswith(".idx") and len(t) > 2)
@@ -196,7 +196,7 @@ def test_a_wrong_sparse_file_is_refused_whole() -> None:
 @pytest.mark.parametrize("first", [3, 6])
 def test_a_run_resumes_to_the_bit_in_both_phases(first: int) -> None:
     """Through the engine's own state of a checkpoint, with noise in the gates."""
-    method = DiffPruning(target_density=0.02)
+    method = DiffPruning(target_density=0.02, prune_at=0.5)
     model, twin = made(method), made(method)
 
     def steps(one: nn.Module, begin: int, count: int, optim: torch.optim.Optimizer) -> None:

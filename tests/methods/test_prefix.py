@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -161,11 +162,12 @@ def test_forest_in_the_order_of_a_run_is_native_and_dense(family: str) -> None:
     assert (trunk.facts.last_layer == "scored rows") == (family != "gpt2")
     torch.manual_seed(4)
     PrefixTuning(num_virtual_tokens=LENGTH).attach(model)
-    native = open_trunk(model, attention="unpacked")
+    twin = copy.deepcopy(model)
+    native = open_trunk(twin, attention="unpacked")
     for batch in (rows_as_batches()[0], shared_as_batches()[0]):
         found, expected = trunk.logprobs(batch), native.logprobs(batch)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-        mine, theirs = (torch.autograd.grad(x.sum(), ours(model)) for x in (found, expected))
+        mine, theirs = (torch.autograd.grad(x.sum(), ours(m)) for x, m in ((found, model), (expected, twin)))
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
         with torch.no_grad(), attention_as(model, DENSE):
             whole = _dense_logits(model, batch)
@@ -217,7 +219,7 @@ def test_other_families_see_it_alike_on_both_paths(name: str) -> None:
     torch.manual_seed(4)
     before, batch = trunk.logprobs(shared_as_batches()[0]), shared_as_batches()[0]
     PrefixTuning(num_virtual_tokens=LENGTH).attach(model)
-    native = open_trunk(model, attention="unpacked")
+    native = open_trunk(copy.deepcopy(model), attention="unpacked")
     torch.testing.assert_close(trunk.logprobs(batch), native.logprobs(batch), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(trunk.logprobs(batch), before)
 

@@ -73,7 +73,7 @@ def save_adapter(
     trained_rows = token_rows.row_config(model)
     whole = {
         **config, "auto_mapping": None, "base_model_name_or_path": base_path, "inference_mode": True,
-        "peft_version": None, "revision": None, token_rows.CONFIG_KEY: trained_rows,
+        "peft_version": None, "revision": None, **({token_rows.CONFIG_KEY: trained_rows} if trained_rows else {}),
     }  # fmt: skip
     own = {name: value for name, value in _plain(asdict(method)).items() if name not in config}  # type: ignore[call-overload]
     side = {
@@ -172,6 +172,7 @@ def _explicit(method: Method, file: AdapterFile) -> Method:
     if not any(isinstance(getattr(method, name, None), str) for name in ("target_modules", "exclude_modules")):
         return method
     own, _ = _split(file.tensors)
+    own = {name: tensor for name, tensor in own.items() if name.startswith(peft_names.PREFIX)}
     names = [name for name in own if not name.endswith((".bias", ".base_layer.weight"))]
     saved: Sequence[str] = getattr(method, "modules_to_save", None) or ()
     saved = (*saved, *PEFT_HEADS) if file.reads == "scores" else saved
@@ -224,13 +225,12 @@ def _without_base_copies(model: nn.Module, tensors: Mapping[str, Tensor]) -> dic
 
 
 def _more_keys(name: Any, kind: Any) -> Mapping[str, Any]:
-    """Config keys that a method adds to the allow-list (`config_keys` on its class): the method of the side file, in a
-    file from elsewhere those of its `peft_type`."""
+    """Config keys that methods add to the allow-list (`config_keys`): the named method, or all of a type."""
     known = resolve.names("methods")
-    if name in known:
-        return resolve.load("methods", name).config_keys
-    loaded = [] if name else [resolve.load("methods", candidate) for candidate in known]
-    return {key: check for one in loaded if one.peft_type == kind for key, check in one.config_keys.items()}
+    if name:
+        return resolve.load("methods", name).config_keys if name in known else {}
+    classes = [resolve.load("methods", each) for each in known]
+    return {key: check for each in classes if each.peft_type == kind for key, check in each.config_keys.items()}
 
 
 def _check_side(side: Mapping[str, Any], where: str) -> None:

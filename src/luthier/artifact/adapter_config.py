@@ -108,6 +108,7 @@ CHECKS: dict[str, Check] = {
     "alpha_pattern": (_patterns(_ALPHA[0]), f"simple patterns, each with {_ALPHA[1]}"),
     "trainable_token_indices": (_ids, "token ids, or a list of them per module"),
     "target_parameters": _NAMES,
+    "feedforward_modules": _PATTERNS,
     "adapter_dtype": (lambda v: v in ("fp32", "bf16"), "fp32 or bf16"),
 }
 _REFUSED = {

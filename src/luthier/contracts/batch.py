@@ -68,6 +68,21 @@ class Forest:
     def roots_only(self) -> bool:
         return all(parent < 0 for parent in self.parent)
 
+    @cached_property
+    def paths_S(self) -> tuple[int, ...]:
+        """Of each segment, how many root-to-leaf paths go through it: how often a token there stands for a row's."""
+        paths = [0] * len(self)
+        for segment in reversed(range(len(self))):
+            paths[segment] = paths[segment] or 1
+            if (parent := self.parent[segment]) >= 0:
+                paths[parent] += paths[segment]
+        return tuple(paths)
+
+    @property
+    def path_tokens(self) -> int:
+        """The tokens that all root-to-leaf paths would have as rows of their own."""
+        return sum(n * (end - start) for n, start, end in zip(self.paths_S, self.start, self.end, strict=True))
+
     def positions_T(self) -> Tensor:
         """int64 (T,)."""
         return torch.cat(

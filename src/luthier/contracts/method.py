@@ -10,13 +10,14 @@ recipe's schema (`luthier schema --write`): that is how recipes are checked and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from luthier.contracts.batch import Batch
 from luthier.contracts.errors import NotMergeable
 
 SCHEDULED = "luthier_scheduled"
@@ -67,9 +68,10 @@ class Method:
         training rows forward without gradients, so that hooks see activations (EVA). Pure of everything else."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups: {"params": [...], "names": [...], and optionally "lr_scale", "weight_decay", "projection"}.
+        """Optimizer groups: {"params": [...], "names": [...]} and what a group has of its own.
 
         Default: one group of all parameters that ever train; tensors of one dimension get no weight decay.
+        `lr_scale`: times the run's rate; `lr`: a peak rate under the same schedule; `weight_decay`.
         `projection`: settings of a low-rank projection of the gradients (engine/projected.py).
         """
         named = [(name, p) for name, p in model.named_parameters() if trains(p)]
@@ -86,6 +88,10 @@ class Method:
     def before_step(self, model: nn.Module, step: int, steps: int) -> None:
         """Before the forward passes of step `step` (from 1): what trains in it, where that changes. A pure function of
         the model's shape and the numbers, so that a resumed run finds the same; see `SCHEDULED`."""
+
+    def begin_step(self, model: nn.Module, microbatches: Sequence[Batch]) -> None:
+        """What a step is made of, after `before_step` and before the first forward; again where it starts anew with
+        smaller microbatches. For terms inside the model whose divisor is the whole step's (a router's balance)."""
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         """After the optimizer's step, gradients still there."""

@@ -76,6 +76,7 @@ def _step(work: Work) -> Iterator[Event]:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)
         weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
+        run.method.begin_step(work.model, microbatches)
         try:
             stats = work.scorer.statistics(microbatches, work.samples(number), run.stream)
 

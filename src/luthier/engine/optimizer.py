@@ -3,8 +3,9 @@
     m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p <- p (1 - lr wd) - lr mhat / (sqrt(vhat) + eps)
 
 A method's groups carry the names of their parameters, so state is saved and restored by name; `lr_scale`
-multiplies the group's rate (LoRA+). Tensors of one dimension get no weight decay unless a group says so. Groups with
-a `projection` keep their moments in a subspace (engine/projected.py), the others beside them do not.
+multiplies the group's rate (LoRA+), `lr` is a peak rate of its own under the same schedule. Tensors of one dimension
+get no weight decay unless a group says so. Groups with a `projection` keep their moments in a subspace
+(engine/projected.py), the others beside them do not.
 torch's fused kernel runs where all parameters are floating point on a CPU or a CUDA device. Inverses side by
 side: `state_tensors` / `load_state`. Left out: every other optimizer, which is refused by name.
 """
@@ -36,7 +37,7 @@ def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: 
         )  # fmt: skip
     groups = []
     for group in method.groups(model):
-        scale = float(group.get("lr_scale", 1.0))
+        scale = float(group["lr"]) / learning_rate if "lr" in group else float(group.get("lr_scale", 1.0))
         decay = float(group.get("weight_decay", spec.weight_decay))
         made = {"params": list(group["params"]), "names": list(group["names"]), "lr_scale": scale,
                 "lr": learning_rate * scale, "weight_decay": decay}  # fmt: skip
@@ -51,8 +52,11 @@ def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: 
 
 def of_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> torch.optim.Optimizer:
     """An optimizer of the same kind for a single parameter of a group, with the very state of the large one."""
-    settings = {key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group}
-    one = type(optimizer)([{"params": [parameter], **settings}], lr=group["lr"])
+    settings: dict[str, Any] = {
+        key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group
+    }
+    kind: Any = type(optimizer)
+    one: torch.optim.Optimizer = kind([settings | {"params": [parameter]}], lr=group["lr"])
     one.state = optimizer.state
     return one
 

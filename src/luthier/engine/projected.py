@@ -62,7 +62,7 @@ def _step(weight: Tensor, state: dict[str, Any], group: dict[str, Any], projecti
     done = int(state["step"])
     if done % projection.update_proj_gap == 0:
         state.update(projection.subspace(grad))
-    basis = {side: state[side] for side in ("left", "right") if side in state}
+    basis: dict[str, Tensor] = {side: state[side] for side in ("left", "right") if side in state}
     low = project(grad, basis)
     if "exp_avg" not in state:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)

@@ -1,6 +1,6 @@
 """Diff pruning: each target weight gets a difference, gates learn which entries matter, half a percent is kept.
 
-    y = W x + b + D x        D = w z z_group: w (out, in) starts at 0, z hard-concrete gates (models/gates.py)
+    y = W x + b + D x        D = w z z_group: w (out, in) starts at 0, z hard-concrete gates (models/hard_concrete.py)
     loss + pen * expected number of open gates            `sparsity_pen`, for the first `prune_at` of the steps
     then     the `target_density` of all entries with the largest |D| stays, and only those train on
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
-from luthier.models.gates import Stretch
+from luthier.models.hard_concrete import Stretch
 from luthier.models.low_rank import check_foldable, fold
 from luthier.models.peft_names import PREFIX, check_names, collect, live, restore
 from luthier.models.score_head import HEAD, score_head, task_type
@@ -73,7 +73,7 @@ class DiffPruning(Method):
 
     target_density: Annotated[float, Field(gt=0, le=1)] = _doc(0.005, "share of the target weights that may change")
     prune_at: Annotated[float, Field(gt=0, le=1)] = _doc(
-        0.5, "share of the steps for gates; in the rest only the kept entries train"
+        0.3, "share of the steps for gates; in the rest only the kept entries train"
     )
     sparsity_pen: Annotated[float, Field(ge=0)] = _doc(1.25e-7, "price of one open gate, added to the loss")
     structured: bool = _doc(True, "one more gate for each matrix, so that whole matrices can close")

@@ -184,7 +184,7 @@ def forest_instead(forest: Forest, kept: Kept | None) -> Iterator[None]:
 
 
 def forest_now() -> Forest | None:
-    """The forest of the context in force; None outside any."""
+    """The forest of the context in force; None outside any. Not for what activation recompute runs again."""
     current = _current.get(None)
     return None if current is None else current[0]
 

@@ -81,7 +81,7 @@ def _change(site: Site) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, s) where the change of the weight is s B A."""
     ask = None if isinstance(site, SavedModule) else getattr(site._modules.get("delta"), "change", None)
     found: tuple[Tensor, Tensor, float] | None = None if ask is None else ask()
-    return found if found is not None and any(trains(x) for x in found[:2]) else None
+    return found if found is not None and any(trains(getattr(site.delta, name)) for name in _FACTORS) else None
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Kept:
                 delattr(module, name)
 
     def start(self, change: Product | Trained) -> None:
-        """Keep where it starts: a copy of the tensor; of a pair, its factors where their product is not zero."""
+        """Keep where it starts: a copy of the tensor; of a pair, its factors where they add something."""
         if isinstance(change, Trained):
             self.put(change.module, change.attribute, change.tensor.detach().clone())
-        elif all(bool(getattr(change.delta, name).any()) for name in _FACTORS):
+        elif change.delta.start_A is None and all(bool(getattr(change.delta, name).any()) for name in _FACTORS):
             for name in _FACTORS:
                 self.put(change.delta, name, getattr(change.delta, name).detach().clone())
 

@@ -21,10 +21,13 @@ from transformers import Cache, DynamicCache
 
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import ModelError, RecipeError
-from luthier.models.attention import DENSE, FOREST, forest_now
-from luthier.models.head import decoder_of
+from luthier.models.attention import DENSE, FOREST, forest_context, forest_now
+from luthier.models.head import decoder_of, relative_difference
+from luthier.models.limits import padding_of
 from luthier.models.sites import Site, sites
+from luthier.models.switch import attention_as, native_attention
 
+_SAME = 1e-6
 _COUNTED = ("position_ids", "cache_position")
 
 
@@ -95,7 +98,7 @@ def cache_of(decoder: nn.Module, given: dict[str, Any]) -> Cache | None:
     """The call's own cache, a new one where it asks for one, None where it asks for none."""
     config: Any = decoder.config
     cache, use = given.get("past_key_values"), given.get("use_cache")
-    if cache is None and (config.use_cache if use is None else use):
+    if cache is None and (getattr(config.get_text_config(), "use_cache", False) if use is None else use):
         return DynamicCache(config=config)
     if cache is not None and not isinstance(cache, Cache):
         raise ModelError("virtual tokens need a cache of transformers' own kind", value=type(cache).__name__)
@@ -137,8 +140,34 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
 
 def row_of(model: nn.Module, tokens: int) -> Tensor:
-    """A short row (1, T) of token ids that every model has."""
-    return torch.arange(1, 1 + tokens, device=next(model.parameters()).device)[None]
+    """A short row (1, T) of token ids that every model has, none of them padding."""
+    ids = [token for token in range(1, 2 + tokens) if token != padding_of(model)]
+    return torch.tensor([ids[:tokens]], device=next(model.parameters()).device)
+
+
+def packed_alone(model: nn.Module, decoder: Any, row: Tensor) -> dict[str, Any] | None:
+    """What makes a row (1, T) a call of its own in a forest; None where the decoder cannot be packed."""
+    counted = torch.arange(row.shape[1], device=row.device)[None]
+    padding = padding_of(model)
+    try:
+        with native_attention(model):
+            own = decoder(input_ids=row, use_cache=False)[0]
+            for positions in (counted, counted + 1 + (padding or 0)):  # see models/limits.py
+                given = {"input_ids": row, "position_ids": positions, "use_cache": False}
+                if relative_difference(decoder(**given)[0], own) <= _SAME:
+                    with one_row(model, row):
+                        decoder(**given)
+                    return given
+    except Exception:  # noqa: BLE001 whatever a foreign family does with positions or a forest
+        return None
+    return None
+
+
+@contextmanager
+def one_row(model: nn.Module, row: Tensor) -> Iterator[None]:
+    """Within it, the row is a forest of one segment."""
+    with attention_as(model, FOREST), forest_context(Forest((0,), (row.shape[1],), (-1,))):
+        yield
 
 
 def positions_and_rows(model: nn.Module) -> tuple[int, int]:

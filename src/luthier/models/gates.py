@@ -1,103 +1,89 @@
-"""Hard-concrete gates on every entry of a weight's difference, with a hand-written backward (for diff pruning).
+"""Sigmoid gates per token, and the two adapters that UniPELT puts behind them (the prefix's gate: gated_prefix.py).
 
-    s = sigmoid(log u - log(1 - u) + alpha)      u ~ U(0, 1) in training, u = 1/2 (no noise) otherwise
-    z = clamp(s (upper - lower) + lower, 0, 1)   exactly 0 or 1 for many entries, and yet a slope in between
-    difference = w z z_group                     `gated`, and `gated_plain`, its twin by autograd
+    g_T = sigmoid(x_TD . w + b)                 from the token's own row, so that nothing of a later token comes in
+    y += g (act(h down^T + b) up^T + c)         `GatedBottleneck`: h the rows the adapter reads, its gate reads the same
+    y += g ((x A^T) B^T)                        `GatedLowRank`: the gate stands where LoRA has alpha / r
 
-Kept for the backward: w, alpha and u, all (O, I); s, z and their products are made again. arXiv:1712.01312 for the
-gates, arXiv:2012.07463 for differences. The expected number of open gates is sum sigmoid(alpha - log(-lower / upper)).
+Gates start with w of N(0, 0.02^2) and b 0: near one half. `gated_low_rank` scales the thin z = x A^T (T, R) and adds
+the up product onto y in one matrix call; `gated_low_rank_plain` is its twin, the formula as it stands.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
+from torch.nn import functional
 
-_EDGE = 1e-4  # noise stays this far from 0 and 1
+from luthier.models.bottleneck import Bottleneck, Scale, compute_dtype
+from luthier.models.low_rank import LowRank
 
-
-class Stretch(NamedTuple):
-    """The interval that a gate is stretched to before it is cut to [0, 1]."""
-
-    lower: float
-    upper: float
+_STD = 0.02
 
 
-def noise_like(alpha: Tensor) -> Tensor:
-    """u of the same shape, from torch's own generator."""
-    return torch.rand_like(alpha).clamp_(_EDGE, 1 - _EDGE)
+class Gate(nn.Module):
+    """One number in (0, 1) per row: weight (1, D), bias (1)."""
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        super().__init__()
+        drawn = like.device if like.device.type == "meta" else torch.device("cpu")
+        weight = nn.init.normal_(torch.empty(1, width, device=drawn), std=_STD)
+        self.weight, self.bias = nn.Parameter(weight.to(like)), nn.Parameter(torch.zeros(1).to(like))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(..., D) -> (..., 1), in the gate's own dtype."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.sigmoid(functional.linear(rows.to(self.weight.dtype), self.weight, self.bias))
 
 
-def gate(alpha: Tensor, noise: Tensor | None, stretch: Stretch) -> Tensor:
-    """z, of alpha's shape; without noise the one that evaluation uses."""
-    return (_opening(alpha, noise) * (stretch.upper - stretch.lower) + stretch.lower).clamp(0, 1)
+class GatedBottleneck(Bottleneck):
+    """A bottleneck adapter whose scale is its gate."""
+
+    def make(self, width: int, size: int, *, init: str, scaling: float | str, like: Tensor) -> None:
+        super().make(width, size, init=init, scaling=scaling, like=like)
+        self.gate = Gate(width, like)
+
+    def scale(self, rows: Tensor) -> Scale:
+        gate: Tensor = self.gate(rows) * self.scaling
+        return gate
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        gate = {"adapter_gate.weight": self.gate.weight, "adapter_gate.bias": self.gate.bias}
+        return {**super().peft_tensors(), **gate}
 
 
-def expected_open(alpha: Tensor, stretch: Stretch) -> Tensor:
-    """How many gates are not 0, in expectation over the noise; a scalar with a slope."""
-    return torch.sigmoid(alpha - math.log(-stretch.lower / stretch.upper)).sum()
+class GatedLowRank(LowRank):
+    """A low-rank pair scaled by its gate. `scale` is 1: nothing else multiplies."""
+
+    scale = 1.0
+
+    def make(self, base: Any, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
+        super().make(base, dtype, bias=bias, init=init)
+        self.gate = Gate(self.lora_A.shape[1], self.lora_A.detach().new_empty(0))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
+        return gated_low_rank(y, dropped, self.lora_A, self.lora_B, self.gate(x))
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        return {**super().peft_tensors(), "lora_gate.weight": self.gate.weight, "lora_gate.bias": self.gate.bias}
 
 
-class Gates(NamedTuple):
-    """alpha (O, I) and, where a whole matrix has a gate, its alpha (1,); with the noise of each, or None."""
-
-    alpha: Tensor
-    noise: Tensor | None
-    group: Tensor | None
-    group_noise: Tensor | None
-
-
-def gated(w_OI: Tensor, gates: Gates, stretch: Stretch) -> Tensor:
-    """w z z_group, (O, I)."""
-    made: Tensor = _Gated.apply(w_OI, *gates, stretch)
-    return made
+def gated_low_rank(y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, gate: Tensor) -> Tensor:
+    """y (..., O) + gate (..., 1) * ((x (..., D) A^T) B^T)."""
+    compute = compute_dtype(x, a_RD)
+    if y.dtype != compute:
+        return gated_low_rank_plain(y, x, a_RD, b_OR, gate)
+    with torch.autocast(x.device.type, enabled=False):
+        z = gate.to(compute) * (x.to(compute) @ a_RD.to(compute).T)
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), b_OR.to(compute).T)
+        return flat.view(y.shape)
 
 
-def gated_plain(w_OI: Tensor, gates: Gates, stretch: Stretch) -> Tensor:
-    """The same by autograd."""
-    made = w_OI * gate(gates.alpha, gates.noise, stretch)
-    return made if gates.group is None else made * gate(gates.group, gates.group_noise, stretch)
-
-
-def _opening(alpha: Tensor, noise: Tensor | None) -> Tensor:
-    return torch.sigmoid(alpha if noise is None else noise.log() - (1 - noise).log() + alpha)
-
-
-def _slope(alpha: Tensor, noise: Tensor | None, stretch: Stretch) -> Tensor:
-    """dz / dalpha: 0 where the gate is cut."""
-    s, width = _opening(alpha, noise), stretch.upper - stretch.lower
-    z = s * width + stretch.lower
-    return (s * (1 - s)).mul_(width).masked_fill_((z < 0) | (z > 1), 0)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, alpha: Tensor, noise: Tensor | None, group: Tensor | None, group_noise: Tensor | None,
-        stretch: Stretch,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(w, alpha, noise, group, group_noise)
-        ctx.stretch = stretch
-        made = gate(alpha, noise, stretch).mul_(w)
-        return made if group is None else made.mul_(gate(group, group_noise, stretch))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        w, alpha, noise, group, group_noise = ctx.saved_tensors
-        need_w, need_alpha, _, need_group = ctx.needs_input_grad[:4]
-        dw = dalpha = dgroup = None
-        z_group = None if group is None else gate(group, group_noise, ctx.stretch)
-        if need_w or need_group:
-            passed = gate(alpha, noise, ctx.stretch).mul_(slope)
-            if need_group:
-                dgroup = (passed * w).sum().reshape(1) * _slope(group, group_noise, ctx.stretch)
-            dw = passed if z_group is None else passed.mul_(z_group)
-        if need_alpha:
-            dalpha = _slope(alpha, noise, ctx.stretch).mul_(slope).mul_(w)
-            dalpha = dalpha if z_group is None else dalpha.mul_(z_group)
-        return dw, dalpha, None, dgroup, None, None
+def gated_low_rank_plain(y: Tensor, x: Tensor, a_RD: Tensor, b_OR: Tensor, gate: Tensor) -> Tensor:
+    """The same, as the formula stands."""
+    compute = compute_dtype(x, a_RD)
+    with torch.autocast(x.device.type, enabled=False):
+        added = gate.to(compute) * ((x.to(compute) @ a_RD.to(compute).T) @ b_OR.to(compute).T)
+        return (y + added).to(y.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.models.logprobs import HeadMap
+from luthier.models.sites import Site
 from luthier.models.switch import native_attention
 
 _TOLERANCE = 1e-5
@@ -27,8 +28,12 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
     """The model without its head, or None where it has no such part."""
     if model.base_model is not model:
         return model.base_model  # type: ignore[return-value]
-    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    parts = [child for child in model.children() if isinstance(_inside(child), PreTrainedModel)]
     return parts[0] if len(parts) == 1 else None
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, Site) else module
 
 
 def find_head_map(model: nn.Module, tokens_T: Tensor) -> HeadMap | None:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from luthier.models.attention import ForestMask, ForestUnsupported, Kept
 from luthier.models.shapes import decoder_layers
+from luthier.models.sites import Site
 
+EVERY_ROW = "luthier_every_row"  # attribute of a model: true while something in it counts all rows (a router's load)
 WORTH = 0.8  # of the rows kept; above it the second pass costs what it saves
 
 
@@ -32,7 +34,9 @@ class Restricted:
         _, layers = decoder_layers(model)
         if not layers:
             raise ForestUnsupported("the model has no list of layers")
-        layer = model.get_submodule(layers[-1])
+        layer: Any = model.get_submodule(layers[-1])
+        while isinstance(layer, Site):  # what stands around the whole layer sees the kept rows only
+            layer = layer.base_layer
         self._hooks = [
             layer.register_forward_pre_hook(_keep_rows, with_kwargs=True),
             layer.register_forward_hook(_attended_once, with_kwargs=True),

@@ -6,6 +6,10 @@ Saved for the backward: x (the base layer holds it anyway) and z = x A^T (T, R);
 
     dB = s dy^T z      dz = s dy B      dA = dz^T x      dx = dz A      dy passes through
 
+A pair that does not start at zero (PiSSA, OLoRA) keeps its start beside it, frozen, and adds the difference only:
+s (B A - B0 A0), which is one pair of rank 2 R, [A; A0] and [B, -B0]. So the base stays untouched, and the file is that
+of a plain LoRA of twice the rank (PEFT's conversion).
+
 Frozen weights get no gradient and dx is made only when somebody asks. The sum goes into y in place where that is
 legal. Dtypes (PEFT's rule): the adapter computes in its own dtype (in autocast's, inside autocast) and the sum is
 rounded once to y's dtype. Every low-rank method builds on these modules. Plain
@@ -34,11 +38,15 @@ class LowRank(nn.Module):
 
     scale: float
     dropout: float
+    start_A: Tensor | None
+    minus_start_B: Tensor | None
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank = rank
         self.lora_bias: nn.Parameter | None = None
+        self.register_buffer("start_A", None)  # A0, where the pair starts away from zero
+        self.register_buffer("minus_start_B", None)  # -B0
 
     def make(self, base: Any, dtype: torch.dtype, *, bias: bool, init: bool | str) -> None:
         """Fresh parameters, drawn in fp32 by torch's CPU generator, so that every device starts alike."""
@@ -55,30 +63,63 @@ class LowRank(nn.Module):
         if bias:
             self.lora_bias = nn.Parameter(torch.zeros(outputs, device=place, dtype=dtype))
 
+    @torch.no_grad()
+    def begin(self, a_RD: Tensor, b_OR: Tensor, *, as_base: bool = False) -> None:
+        """Start from this pair (its rank becomes ours); `as_base`: count what it adds as nothing from here on."""
+        self.rank, like = len(a_RD), self.lora_A
+        self.lora_A = nn.Parameter(a_RD.to(like, copy=True).contiguous())
+        self.lora_B = nn.Parameter(b_OR.to(like, copy=True).contiguous())
+        self.start_A = self.lora_A.detach().clone() if as_base else None
+        self.minus_start_B = -self.lora_B.detach() if as_base else None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) whose product is added: the pair, or with its start taken off, as one pair of twice the rank."""
+        if self.start_A is None or self.minus_start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.start_A)), torch.cat((self.lora_B, self.minus_start_B), 1)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter's input is dropped now."""
+        return self.training and self.dropout > 0
+
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
-        y = low_rank(y, dropped, self.lora_A, self.lora_B, self.scale)
+        dropped = functional.dropout(x, self.dropout) if self.drops else x
+        y = low_rank(y, dropped, *self.factors(), self.scale)
         return y if self.lora_bias is None else (y + self.scale * self.lora_bias).to(y.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor, float] | None:
         """(A, B, scale) where the pair is all that is added now; None where `forward` does more, or something else."""
-        drops = self.training and self.dropout > 0
-        if type(self).forward is not LowRank.forward or self.lora_bias is not None or drops:
+        if type(self).forward is not LowRank.forward or self.lora_bias is not None or self.drops:
             return None
-        return self.lora_A, self.lora_B, self.scale
+        return *self.factors(), self.scale
 
     def change(self) -> tuple[Tensor, Tensor, float] | None:
         """(A, B, s) where s B A is how the weight changes, whatever is dropped of its input; None where it is more."""
         plain = type(self).forward in (LowRank.forward, LowRankEmbedding.forward)
-        return (self.lora_A, self.lora_B, self.scale) if plain else None
+        return (*self.factors(), self.scale) if plain else None
 
     def weight(self) -> Tensor:
         """s B A, (out, in), fp32."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+        a_RD, b_OR = self.factors()
+        return self.scale * (b_OR.float() @ a_RD.float())
+
+    def onto(self, weight: Tensor) -> Tensor:
+        """The base's weight (fp32, as `weight` lies) with the change folded in."""
+        return weight + self.weight()
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        a_RD, b_OR = self.factors()
+        found: dict[str, Tensor] = {"lora_A.weight": a_RD, "lora_B.weight": b_OR}
         return found if self.lora_bias is None else {**found, "lora_B.bias": self.lora_bias}
+
+    @torch.no_grad()
+    def take(self, a_RD: Tensor, b_OR: Tensor) -> None:
+        """Inverse of `factors` where they are joined: the halves back into pair and start."""
+        for live, given in zip((self.lora_A, self.start_A), a_RD.split(self.rank), strict=True):
+            live.copy_(given)
+        for live, given in zip((self.lora_B, self.minus_start_B), b_OR.split(self.rank, 1), strict=True):
+            live.copy_(given)
 
 
 class LowRankEmbedding(LowRank):
@@ -124,12 +165,12 @@ def check_foldable(path: str, site: Site) -> None:
 
 
 def fold(site: Site) -> None:
-    """base.weight += delta.weight(), summed in fp32 and rounded once; Conv1D stores the transpose."""
+    """base.weight = delta.onto(base.weight), in fp32 and rounded once; Conv1D stores the transpose."""
     base: Any = site.base_layer
     delta: Any = site.delta
-    change = delta.weight()
-    change = change.T if isinstance(base, Conv1D) else change
-    base.weight.data = (base.weight.float() + change).to(base.weight.dtype)
+    turned = isinstance(base, Conv1D)
+    folded = delta.onto(base.weight.float().T if turned else base.weight.float())
+    base.weight.data = (folded.T.contiguous() if turned else folded).to(base.weight.dtype)
     if (bias := getattr(delta, "lora_bias", None)) is not None:
         base.bias.data = (base.bias.float() + delta.scale * bias.float()).to(base.bias.dtype)
 

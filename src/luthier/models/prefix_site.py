@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
-from luthier.models.attention import FOREST, ForestUnsupported, forest_context
+from luthier.models.attention import ForestUnsupported
 from luthier.models.decoder_site import (
     DecoderSite,
     cache_of,
@@ -27,6 +27,8 @@ from luthier.models.decoder_site import (
     exchange,
     keeping_activations,
     later,
+    one_row,
+    packed_alone,
     quietly,
     row_of,
     widen,
@@ -34,7 +36,7 @@ from luthier.models.decoder_site import (
 from luthier.models.head import relative_difference
 from luthier.models.prefix import Prefix, PrefixedCache, prefix_context
 from luthier.models.sites import replace
-from luthier.models.switch import attention_as, native_attention
+from luthier.models.switch import native_attention
 
 _TOKENS, _SAME = 3, 1e-4
 
@@ -139,16 +141,14 @@ def _compare(model: nn.Module, site: PrefixSite, method: str) -> None:
             native = site(input_ids=row, use_cache=False)[0]
     except ForestUnsupported as error:
         raise _refusal(method, str(error), type(model).__name__) from error
-    positions = torch.arange(_TOKENS, device=row.device)[None]
-    with attention_as(model, FOREST), forest_context(Forest((0,), (_TOKENS,), (-1,))):
-        try:
-            site.base_layer(input_ids=row, position_ids=positions, use_cache=False)
-        except Exception:  # noqa: BLE001 a family that is not packed: its rows run natively
-            return
-        try:
-            packed = site(input_ids=row, position_ids=positions, use_cache=False)[0]
-        except Exception as error:
-            raise _refusal(method, f"packed rows do not run with it: {error}", type(model).__name__) from error
+    given = packed_alone(model, site.base_layer, row)
+    if given is None:  # its rows run natively
+        return
+    try:
+        with one_row(model, row):
+            packed = site(**given)[0]
+    except Exception as error:
+        raise _refusal(method, f"packed rows do not run with it: {error}", type(model).__name__) from error
     if native.dtype == torch.float32 and (off := relative_difference(packed, native)) > _SAME:
         raise _refusal(method, f"packed rows see it otherwise than a row alone, by {off:.1e}", type(model).__name__)
 

@@ -33,6 +33,7 @@ from luthier.models.head import find_head_map, relative_difference
 from luthier.models.kernels.varlen import varlen_refusal
 from luthier.models.limits import Limits, OwnPositions, counts_after_padding, limits_of, padding_of
 from luthier.models.logprobs import HeadMap, gather_logprobs
+from luthier.models.prompt_edges import nothing_edited
 from luthier.models.shapes import decoder_layers
 from luthier.models.switch import native_attention
 from luthier.models.trunk import Trunk, TrunkFacts
@@ -47,7 +48,7 @@ def open_trunk(model: nn.Module, *, attention: str = "auto") -> Trunk:
     """A trunk whose path was shown to be exact on this model. `attention`: auto, forest or unpacked."""
     if attention not in ("auto", "forest", "unpacked"):
         raise ModelError("unknown path", where="model.attention", value=attention, remedy="auto, forest or unpacked")
-    with torch.random.fork_rng(_cuda_devices(model)):
+    with torch.random.fork_rng(_cuda_devices(model)), nothing_edited():  # its rows have no prompts
         torch.manual_seed(0)
         subject, noise = _first_that_runs(model)
         with _undisturbed(subject):

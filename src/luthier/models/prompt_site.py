@@ -2,8 +2,8 @@
 
     packed   the root segments of the table grow by P rows in front; positions of real tokens begin at P; what the
              last layer computes, and the rows that come back, are those of the caller's own forest
-    native   with an empty cache (or none) P rows go in front and come off the result again; with a begun cache they
-             are in it: only mask and positions move
+    native   with an empty cache (or none) P rows go in front (behind the padding, where that is on the left) and come
+             off the result again; with a begun cache they are in it: only mask and positions move
 
 Rows of the embedding go through the model's own module, virtual ones enter as they are (PEFT's `inputs_embeds`).
 Whether a family takes embeddings for tokens is asked of it: with those of real tokens in front it must say what it
@@ -22,11 +22,20 @@ from transformers import Cache
 
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
-from luthier.models.attention import FOREST, ForestUnsupported, Kept, forest_context, forest_instead, kept_rows
-from luthier.models.decoder_site import DecoderSite, decoder_path, later, quietly, row_of, widen
+from luthier.models.attention import ForestUnsupported, Kept, forest_instead, kept_rows
+from luthier.models.decoder_site import (
+    DecoderSite,
+    decoder_path,
+    later,
+    one_row,
+    packed_alone,
+    quietly,
+    row_of,
+    widen,
+)
 from luthier.models.head import relative_difference
 from luthier.models.sites import replace
-from luthier.models.switch import attention_as, native_attention
+from luthier.models.switch import native_attention
 
 _CACHES = ("past_key_values", "cache_params")
 _TOKENS, _SAME = 3, 1e-4
@@ -66,6 +75,38 @@ class Grown:
         return moved
 
 
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Rows padded on the left: virtual tokens go between a row's padding and its first token, as in the row alone."""
+
+    source_BT: Tensor  # of each new column: its virtual token, or P + its old column
+    where_BT: Tensor  # new column of each old one
+
+    @staticmethod
+    def of(given: dict[str, Any], tokens: int) -> Padded | None:
+        """From the call's mask, None where no row is padded on the left."""
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        ahead = mask.cumsum(1) == 0
+        if not bool(ahead.any()):
+            return None
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        where_BT = columns + tokens * ~ahead
+        source = torch.arange(tokens, device=mask.device).repeat(len(mask), 1)
+        places = torch.cat([ahead.sum(1, keepdim=True) + source, where_BT], 1)
+        joined = torch.cat([source, (columns + tokens).expand(len(mask), -1)], 1)
+        return Padded(torch.empty_like(joined).scatter(1, places, joined), where_BT)
+
+    def order(self, joined: Tensor) -> Tensor:
+        """Virtual columns, then the old ones (B, P + T, ...): each to its place."""
+        return _gathered(joined, self.source_BT)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The old columns of a result."""
+        return _gathered(x, self.where_BT)
+
+
 class PromptSite(DecoderSite):
     """`delta()` gives the embeddings (P, D)."""
 
@@ -95,19 +136,23 @@ class PromptSite(DecoderSite):
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         virtual_PD = self.delta()
         tokens = len(virtual_PD)
+        padded = Padded.of(given, tokens)
         widen(given, tokens)
+        if padded is not None:
+            given["attention_mask"] = padded.order(given["attention_mask"])
         positions = given.get("position_ids")
         later(given, tokens)
         if cache is not None and _begun(cache):
             return self.base_layer(**given)
         embeds = self._embeds(given)
-        ahead = virtual_PD.to(embeds).expand(len(embeds), -1, -1)
-        given["inputs_embeds"] = torch.cat([ahead, embeds], 1)
+        rows = torch.cat([virtual_PD.to(embeds).expand(len(embeds), -1, -1), embeds], 1)
+        given["inputs_embeds"] = rows if padded is None else padded.order(rows)
         if positions is not None:
             counted = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], -1)
-            given["position_ids"] = torch.cat([counted, given["position_ids"]], -1)
+            joined = torch.cat([counted, given["position_ids"]], -1)
+            given["position_ids"] = joined if padded is None else padded.order(joined.expand(len(embeds), -1))
         given.pop("cache_position", None)  # the model counts the rows it gets
-        return _rows(self.base_layer(**given), lambda x: x[:, tokens:])
+        return _rows(self.base_layer(**given), (lambda x: x[:, tokens:]) if padded is None else padded.back)
 
     def _embeds(self, given: dict[str, Any]) -> Tensor:
         """The call's own embeddings; its token ids are taken out."""
@@ -149,20 +194,19 @@ def _differs(model: nn.Module, base: Any) -> str:
             native = site(input_ids=rest, use_cache=False)[0]
     except Exception as error:  # noqa: BLE001 whatever a foreign family does with embeddings
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    positions, forest = torch.arange(_TOKENS, device=row.device)[None], Forest((0,), (_TOKENS,), (-1,))
-    given = {"input_ids": rest, "position_ids": positions, "use_cache": False}
-    try:
-        with attention_as(model, FOREST), forest_context(forest):
-            base(**given)
-    except Exception:  # noqa: BLE001 a family that is not packed: its rows run natively
-        packed = None
-    else:
-        with attention_as(model, FOREST), forest_context(forest):
+    packed = None
+    if (given := packed_alone(model, base, rest)) is not None:
+        with one_row(model, rest):
             packed = site(**given)[0]
     if expected.dtype != torch.float32:  # rounding says nothing
         return ""
     worst = max(relative_difference(found, expected) for found in (native, packed) if found is not None)
     return "" if worst <= _SAME else f"hidden rows differ by {worst:.1e}"
+
+
+def _gathered(x: Tensor, columns_BT: Tensor) -> Tensor:
+    index = columns_BT if x.ndim == 2 else columns_BT[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(1, index)
 
 
 def _begun(cache: Cache) -> bool:

@@ -90,7 +90,8 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(f"snr {_FORMAT}".encode())
     for name, weight in weights.items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        bits: Any = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        found.update(bits)
     return found.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Sites: the only way into a model. A module is swapped in place for a `Site` that calls it and edits the result.
 
     AdaptedLinear     y = base(x), then delta(x, y, base)     nn.Linear, GPT-2 Conv1D, quantised linears
+    AdaptedInput      y = base(delta(x))                      a linear whose input is edited
     AdaptedEmbedding  y = base(ids), then delta(ids, y, base)
     AdaptedModule     y = base(...), then delta(x, y): after an attention, a feed-forward block, a layer
     SavedModule       a trainable full copy beside the frozen original (PEFT's `modules_to_save`)
@@ -27,6 +28,7 @@ from luthier.contracts.errors import ModelError
 
 BASE = "base_layer"
 _ORIGINAL = "luthier_original_"  # buffer beside a base parameter that trains in place
+_REPLACED = "luthier_replaced_"  # buffer beside a frozen base parameter that stands in another form (LoftQ's NF4)
 
 
 class Site(nn.Module):
@@ -77,9 +79,23 @@ class AdaptedLinear(Site):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.on and self.shared is not None and (made := self.shared.result(self, x)) is not None:
-            return made  # type: ignore[no-any-return]
+            finish = getattr(self.delta, "finish", None)  # what a delta does after the pair (DoRA's magnitudes)
+            return made if finish is None else finish(made, self.base_layer)  # type: ignore[no-any-return]
         y: Tensor = self.base_layer(x)
         return self.delta(x, y, self.base_layer) if self.on else y
+
+
+class AdaptedInput(Site):
+    """y = base(delta(x)): what goes into a linear is edited, not what comes out."""
+
+    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+        super().__init__(base)
+        self.delta = delta
+        delta.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(self.delta(x) if self.on else x)
+        return y
 
 
 class AdaptedEmbedding(Site):
@@ -205,26 +221,40 @@ def train_in_place(module: nn.Module, name: str) -> None:
     parameter.requires_grad_(True)
 
 
+def put_in_place(module: nn.Module, name: str, value: Tensor) -> None:
+    """Another value for a frozen base parameter, its original kept beside it as with `train_in_place`."""
+    parameter = getattr(module, name)
+    module.register_buffer(_REPLACED + name, parameter.detach().clone(), persistent=False)
+    parameter.data = value.to(parameter)
+
+
 def trained_in_place(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """(original path of the parameter, module, attribute) of every base parameter that trains in place."""
+    return [(path, module, attribute) for path, module, attribute, kept in _in_place(model) if kept[0] == _ORIGINAL]
+
+
+def _in_place(model: nn.Module) -> list[tuple[str, nn.Module, str, tuple[str, str]]]:
+    """(original path, module, attribute, (prefix, buffer that keeps the original)) of what trains or stands there."""
     found = []
     for path, module in model.named_modules():
         for buffer in list(module._buffers):
-            if buffer.startswith(_ORIGINAL):
-                attribute = buffer.removeprefix(_ORIGINAL)
-                found.append((original_name(f"{path}.{attribute}" if path else attribute), module, attribute))
+            for prefix in (_ORIGINAL, _REPLACED):
+                if buffer.startswith(prefix):
+                    attribute = buffer.removeprefix(prefix)
+                    own = original_name(f"{path}.{attribute}" if path else attribute)
+                    found.append((own, module, attribute, (prefix, buffer)))
     return found
 
 
 def settle_in_place(model: nn.Module) -> None:
-    """What was trained in place becomes the base: the kept originals are dropped (part of a merge)."""
-    for _, module, attribute in trained_in_place(model):
-        delattr(module, _ORIGINAL + attribute)
+    """What was trained or put in place becomes the base: the kept originals are dropped (part of a merge)."""
+    for _, module, _, (_, buffer) in _in_place(model):
+        delattr(module, buffer)
 
 
 def _swap(model: nn.Module) -> None:
-    for _, module, attribute in trained_in_place(model):
-        parameter, kept = getattr(module, attribute), getattr(module, _ORIGINAL + attribute)
+    for _, module, attribute, (_, buffer) in _in_place(model):
+        parameter, kept = getattr(module, attribute), getattr(module, buffer)
         parameter.data, kept.data = kept.data, parameter.data
 
 
@@ -251,7 +281,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """State of the base under its original names, detached, nothing of any site; tied weights stay one object."""
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, Site)]
-    kept = {name: getattr(module, _ORIGINAL + attribute) for name, module, attribute in trained_in_place(model)}
+    kept = {name: getattr(module, buffer) for name, module, _, (_, buffer) in _in_place(model)}
     kept = {} if getattr(model, "luthier_off", False) else kept  # switched off: the originals are in their places
     seen: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}

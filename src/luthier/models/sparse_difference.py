@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.contracts.errors import ModelError
-from luthier.models.gates import Gates, Stretch, expected_open, gate, gated, noise_like
+from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, noise_like
 from luthier.models.sites import features
 
 INDEX, VALUE = "idx", "val"
@@ -33,13 +33,14 @@ class SparseDifference(nn.Module):
     def __init__(self, base: nn.Module, alpha: float, stretch: Stretch, *, grouped: bool) -> None:
         super().__init__()
         inputs, outputs = features(base)
-        place = {"device": next(base.parameters()).device, "dtype": torch.float32}
+        place = next(base.parameters()).device
+        values_OI = torch.zeros(outputs, inputs, dtype=torch.float32, device=place)
         self.stretch = stretch
-        self.diff_weight = nn.Parameter(torch.zeros(outputs, inputs, **place))
-        self.diff_gate = nn.Parameter(torch.full((outputs, inputs), alpha, **place))
-        self.diff_group = nn.Parameter(torch.full((1,), alpha, **place)) if grouped else None
-        self.register_buffer("mask", torch.zeros(outputs, inputs, dtype=torch.bool, device=place["device"]))
-        self.register_buffer("fixed", torch.zeros((), dtype=torch.bool, device=place["device"]))
+        self.diff_weight = nn.Parameter(values_OI)
+        self.diff_gate = nn.Parameter(torch.full_like(values_OI, alpha))
+        self.diff_group = nn.Parameter(values_OI.new_full((1,), alpha)) if grouped else None
+        self.register_buffer("mask", torch.zeros_like(values_OI, dtype=torch.bool))
+        self.register_buffer("fixed", torch.zeros((), dtype=torch.bool, device=place))
         self._read: tuple[Tensor, int, bool] | None = None
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:

@@ -36,9 +36,10 @@ from luthier.models.decoder_site import positions_and_rows
 from luthier.models.fused import Fused
 from luthier.models.gradient_room import room_of
 from luthier.models.head import decoder_of
-from luthier.models.last_layer import WORTH, Restricted
+from luthier.models.last_layer import EVERY_ROW, WORTH, Restricted
 from luthier.models.limits import Limits
 from luthier.models.logprobs import HeadMap, How, gather_logprobs, token_logprobs
+from luthier.models.prompt_edges import PromptsDiffer, own_paths, prompts_of
 from luthier.models.score_head import score_head, scores
 from luthier.models.sites import SavedModule, Site
 from luthier.models.switch import native_attention, switch_in, switch_out
@@ -122,17 +123,28 @@ class Trunk:
     def scores(self, batch: Batch) -> Tensor:
         """scores_Q float32 of a reward model, read at each sequence's last token, differentiable."""
         assert batch.last_Q is not None
-        return self._over(replace(batch, scored_N=batch.last_Q, targets_N=batch.tokens_T[batch.last_Q]), self._scores)
+        last_Q, each_Q = batch.last_Q, torch.arange(len(batch.last_Q), device=batch.last_Q.device)
+        read = replace(batch, scored_N=last_Q, targets_N=batch.tokens_T[last_Q], sequence_N=each_Q)
+        return self._over(read, self._scores)
 
     def _over(self, batch: Batch, end: End, coefficients_N: Tensor | None = None) -> Tensor:
         asked = Asked(batch.targets_N, coefficients_N)
+        try:
+            if self.path == "forest" and self._packs(batch):
+                return self._packed(batch, end, asked)
+            return self._in_rows(batch, end, asked, paths_of(batch))
+        except PromptsDiffer:  # raised by the first layer that edits prompts, if one does
+            return self._in_rows(batch, end, asked, own_paths(batch))
+
+    def _in_rows(self, batch: Batch, end: End, asked: Asked, groups: list[list[Path]]) -> Tensor:
         if self.path == "unpacked":
             with native_attention(self.model):
-                return self._by_path(batch, paths_of(batch), partial(self._rows, batch, end, asked))
-        if not self._packs(batch):
-            single = [[path] for paths in paths_of(batch) for path in paths]
-            return self._by_path(batch, single, partial(self._single, batch, end, asked))
-        with forest_context(batch.forest, self.facts.kernel, self._kept(batch)):
+                return self._by_path(batch, groups, partial(self._rows, batch, end, asked))
+        single = [[path] for paths in groups for path in paths]
+        return self._by_path(batch, single, partial(self._single, batch, end, asked))
+
+    def _packed(self, batch: Batch, end: End, asked: Asked) -> Tensor:
+        with forest_context(batch.forest, self.facts.kernel, self._kept(batch)), prompts_of(batch):
             positions_T = self.facts.limits.positions_T(batch)
             inputs = {"input_ids": batch.tokens_T[None], "position_ids": positions_T[None]}
             return end(inputs, batch.scored_N, asked)
@@ -144,6 +156,8 @@ class Trunk:
     def _kept(self, batch: Batch) -> Kept | None:
         """The rows that the last layer computes; None: all, where few are left out or the head is not known apart."""
         if self._restricted is None or self.facts.head_map is None or not batch.scored:
+            return None
+        if getattr(self.model, EVERY_ROW, False):
             return None
         kept = Kept.of(batch.forest, batch.scored_N)
         return kept if len(kept.rows_K) <= WORTH * batch.tokens else None
@@ -167,7 +181,7 @@ class Trunk:
             torch.tensor(index, dtype=torch.int64, device=device) for index in (path.offsets, path.scored)
         )
         positions_T = self.facts.limits.positions_T(batch)[rows_T]
-        with forest_context(Forest((0,), (len(rows_T),), (-1,)), self.facts.kernel):
+        with forest_context(Forest((0,), (len(rows_T),), (-1,)), self.facts.kernel), prompts_of(batch, paths):
             inputs = {"input_ids": batch.tokens_T[rows_T][None], "position_ids": positions_T[None]}
             return end(inputs, scored, asked.pick(wanted))
 
@@ -178,7 +192,8 @@ class Trunk:
         flat = [b * length + offset for b, path in enumerate(paths) for offset in path.offsets]
         scored = torch.tensor(flat, dtype=torch.int64, device=device)
         wanted = torch.tensor([i for path in paths for i in path.scored], dtype=torch.int64, device=device)
-        return end({"input_ids": batch.tokens_T[rows_BT]}, scored, asked.pick(wanted))
+        with prompts_of(batch, paths):
+            return end({"input_ids": batch.tokens_T[rows_BT]}, scored, asked.pick(wanted))
 
     def _logprobs(self, inputs: dict[str, Tensor], scored_N: Tensor, asked: Asked) -> Tensor:
         head_map = self.facts.head_map

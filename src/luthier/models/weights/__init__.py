@@ -1,0 +1,39 @@
+"""Storage formats of a base's matrices, one a file, and the one place where a method may read a weight as numbers.
+
+    read(base)       the weight as (out, in), whatever way round the module keeps it; a view, not a copy
+    is_dense(base)   whether it is an ordinary floating point matrix, so that `read` gives the weight itself
+
+Most methods only call their base and need neither. Those that must look (a start from singular vectors, a norm of
+rows) ask here, so that a new format is a new file and not a new case in every method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.contracts.errors import ModelError
+
+
+def is_dense(base: nn.Module) -> bool:
+    """An ordinary matrix of floating point numbers: not packed codes, not sharded, not computed on the fly."""
+    weight = getattr(base, "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.ndim == 2
+
+
+def read(base: Any) -> Tensor:
+    """(out, in) of a linear, detached; of an embedding (dim, vocabulary): one row for each number it puts out."""
+    if not is_dense(base):
+        raise ModelError(
+            f"the weight of a {type(base).__name__} cannot be read as a matrix", remedy="load the base unquantised"
+        )
+    weight: Tensor = base.weight.detach()
+    return weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight
+
+
+def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal as long as nobody wrote into the tensor or put another in its place: what a kept result depends on."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tuple(tensor.shape)
