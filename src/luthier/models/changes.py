@@ -64,7 +64,7 @@ def changes_of(model: nn.Module, new: Collection[str] = ()) -> Iterator[Product 
     """Everything that trains, each tensor once. `new`: original paths of modules whose weights no file gave."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, Site) and _change(module) is not None:
+        if isinstance(module, Site) and _factors(module) is not None:
             seen.update(id(getattr(module.delta, name)) for name in _FACTORS)
             yield Product(original_name(path), module)
     for path, module in model.named_modules():
@@ -77,7 +77,7 @@ def changes_of(model: nn.Module, new: Collection[str] = ()) -> Iterator[Product 
             yield Trained(name, module, attribute, fresh)
 
 
-def _change(site: Site) -> tuple[Tensor, Tensor, float] | None:
+def _factors(site: Site) -> tuple[Tensor, Tensor, float] | None:
     """(A, B, s) where the change of the weight is s B A."""
     ask = None if isinstance(site, SavedModule) else getattr(site._modules.get("delta"), "change", None)
     found: tuple[Tensor, Tensor, float] | None = None if ask is None else ask()
