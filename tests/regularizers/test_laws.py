@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine import rig as engine
 from luthier.artifact.adapter import save_adapter
 from luthier.contracts.errors import RecipeError
+from luthier.contracts.method import trains
 from luthier.contracts.regularizer import Regularizer, adds_penalty
 from luthier.engine.checkpoint import load
 from luthier.engine.journal import metric_rows, read
@@ -24,7 +25,9 @@ from luthier.engine.loop import train
 from luthier.engine.modes import at_rest, train_mode
 from luthier.engine.state import trained_tensors
 from luthier.engine.strategy.in_backward import check_in_backward
+from luthier.recipe import resolve
 from regularizers.rig import FAMILIES, METHODS, NAMES, attached, build, default, run_to_save
+from tiny import tiny
 
 TOKENS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(3))
 Made = tuple[Regularizer, nn.Module, str]
@@ -148,6 +151,31 @@ def test_a_copy_of_the_model_has_its_own(made: Made) -> None:
     one.detach(twin)
     stir(model)
     assert adds_penalty(one) == (float(one.penalty(model)) > 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", resolve.names("methods"))
+def test_beside_every_method_there_is(name: str, method: str) -> None:
+    """Zero at the start (but for rounding), more after a change, and out again; whatever the method trains."""
+    one, model = default(name), tiny()
+    torch.manual_seed(0)
+    try:
+        made = resolve.load("methods", method)()
+        made.check(model)
+        made.attach(model)
+    except RecipeError as error:
+        pytest.skip(error.line())
+    state = list(model.state_dict())
+    joined(one, model)
+    assert float(one.penalty(model)) == pytest.approx(0.0, abs=1e-4)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if trains(p)):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    found = float(one.penalty(model))
+    assert adds_penalty(one) == (found > 1e-4)
+    one.detach(model)
+    assert list(model.state_dict()) == state
+    assert not [name for name, _ in model.named_buffers() if "luthier_l2sp" in name or "luthier_ewc" in name]
 
 
 @pytest.mark.parametrize("name", NAMES)
