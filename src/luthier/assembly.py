@@ -118,7 +118,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
         recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
     )  # fmt: skip
     if method.looks_at_rows:
-        method.look(loaded.model, _passes(trunk, steps, precision, device))
+        method.look(loaded.model, _passes(work.scorer, steps))
     work.reference = _reference(work)
     _regularize(work, regularizers)
     return work
@@ -149,14 +149,13 @@ def _looked_at(work: Assembled, regularizer: Regularizer) -> list[Sample]:
     return list(islice((sample for sample in found if sample.scored), wanted))
 
 
-def _passes(trunk: Trunk, stream: Stream, precision: Precision, device: torch.device) -> Iterator[Callable[[], None]]:
+def _passes(scorer: Scorer, stream: Stream) -> Iterator[Callable[[], None]]:
     """One forward pass after another over the rows of the first epoch, in the order of training."""
     for step in range(stream.steps_per_epoch):
         for batch in stream.step(step):
 
             def run(batch: Batch = batch) -> None:
-                with torch.no_grad(), precision.autocast(device):
-                    trunk.logprobs(batch.to(device))
+                scorer.quietly(batch, reference=False)
 
             yield run
 

@@ -205,8 +205,8 @@ def test_sites_that_share_an_input_are_computed_together() -> None:
     """And give what each alone gives, gradients too."""
     grads = []
     for together in (True, False):
-        torch.manual_seed(0)
         model = base("qwen2")
+        torch.manual_seed(0)
         DoRA(r=4).attach(model)
         stir(model)
         linears = [site for site in sites(model) if isinstance(site, AdaptedLinear)]
@@ -256,6 +256,23 @@ def test_magnitudes_are_fp32_whatever_the_base_is() -> None:
     assert torch.equal(logits(model), logits(base("llama").to(torch.bfloat16)))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_the_start_is_the_base_in_bf16_under_autocast(family: str) -> None:
+    """As a GPU trains: bf16 weights, fp32 adapters, products in bf16; and PEFT's logits within bf16 rounding."""
+    oracle = peft.get_peft_model(
+        base(family).bfloat16(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=True)
+    )
+    method, model = DoRA(r=4, lora_alpha=8), base(family).bfloat16()
+    method.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model), logits(base(family).bfloat16()))
+        stir(oracle, 0.02)
+        method.load(model, peft.get_peft_model_state_dict(oracle))
+        torch.testing.assert_close(logits(model), logits(oracle), atol=2e-2, rtol=2e-2)
+        loss(model).backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in live(model).values())
+
+
 def test_a_row_of_zeros_stays_finite() -> None:
     model = base("llama")
     with torch.no_grad():
@@ -272,8 +289,8 @@ def test_a_row_of_zeros_stays_finite() -> None:
 def test_recomputed_activations_give_the_same_gradients(dropout: float) -> None:
     grads = []
     for recompute in (False, True):
-        torch.manual_seed(0)
         model = base("llama")
+        torch.manual_seed(0)
         DoRA(r=4, lora_dropout=dropout).attach(model)
         stir(model)
         model.train()

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def attached(family: str = "llama", kind: type[LoRA] = LoRA, **fields: Any) -> tuple[LoRA, nn.Module]:
-    torch.manual_seed(0)
     model = base(family)
+    torch.manual_seed(0)
     method = kind(**{"r": 4, "lora_alpha": 6, "init_lora_weights": "eva", **fields})
     method.attach(model)
     return method, model
@@ -101,8 +101,8 @@ def test_eva_deals_out_the_same_budget(family: str, kind: type[LoRA], tmp_path: 
 def test_eva_looks_the_same_way_twice() -> None:
     made = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
         model = base("llama")
+        torch.manual_seed(seed)
         method = LoRA(r=4, init_lora_weights="eva")
         method.attach(model)
         method.look(model, passes(model))

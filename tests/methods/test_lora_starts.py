@@ -31,8 +31,8 @@ STARTS = (*DIFFERENCES, "orthogonal", "gaussian", "eva")
 
 
 def attached(init: Any, family: str = "llama", kind: type[LoRA] = LoRA, **fields: Any) -> tuple[LoRA, nn.Module]:
-    torch.manual_seed(0)
     model = base(family)
+    torch.manual_seed(0)
     method = kind(**{"r": 4, "lora_alpha": 6, "init_lora_weights": init, **fields})
     method.attach(model)
     return method, model

@@ -63,8 +63,9 @@ def _found(path: str, known: dict[str, Any]) -> str:
         wanted = PEERS[wanted][0]
     candidates = [name for name in known if _plain_path(name) == wanted or name.endswith(f".{wanted}")]
     exact = [name for name in candidates if name == wanted] or candidates
-    if len({_plain_path(name) for name in exact}) == 1:
-        return exact[0]
+    if len({_plain_path(name) for name in exact}) == 1:  # of several methods' the default one's
+        usual = {f"{room}.{schema()['properties'][room]['default']}" for room in ("method", "objective")}
+        return next((name for name in exact if name.rpartition(".")[0] in usual), exact[0])
     if exact:
         raise UsageError("several fields have that name", value=path, remedy=f"one of: {', '.join(exact)}")
     close = nearest(wanted, list(known)) or _by_last(wanted, known)

@@ -6,7 +6,8 @@
     eva                           as `true`, until rows were seen (methods/_eva.py)
 
 The maths is in models/low_rank_starts.py. The base is read once, here, and stays as it is but for loftq: there its
-original is kept beside it, so that `off` and the reference policy are the base as it was loaded.
+original is kept beside it, so that `off` and the reference policy are the base as it was loaded (those matrices are
+in memory twice). LoftQ's later iterations are left out: they end in a base of their own, which no small file can name.
 """
 
 from __future__ import annotations
