@@ -161,7 +161,7 @@ def check_foldable(path: str, site: Site) -> None:
 
 
 def fold(site: Site) -> None:
-    """base.weight = delta.onto(base.weight), or + delta.weight(), in fp32, rounded once; Conv1D stores the transpose."""
+    """base.weight = delta.onto(base.weight), or + delta.weight(), in fp32, rounded once (Conv1D: transposed)."""
     base: Any = site.base_layer
     delta: Any = site.delta
     turned = isinstance(base, Conv1D)
