@@ -49,7 +49,7 @@ def test_linear_regression_in_closed_form() -> None:
         for p in model.parameters():
             p.add_(torch.randn(p.shape))
     by_hand = 1.5 * sum(float((fisher[n] * (p - start[n]).square()).sum()) for n, p in model.named_parameters())
-    assert float(one.penalty(model)) == pytest.approx(by_hand, rel=1e-5)
+    assert one.penalty(model).item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_logistic_regression_with_labels_of_its_own_nears_the_true_fisher() -> None:

@@ -9,8 +9,9 @@ measured once, before the first step, and kept in the run's directory, so that a
 
 Whole weights, biases, module copies and what other adapters train are pulled to their own start. Of a low-rank pair F
 is that of the frozen weight beside it, and the change that the pair makes is what counts: sum F (s B A)^2, a few rows
-at a time. (F of A itself would be zero where B starts at zero.) Rows of added tokens and a fresh head are left alone:
-the old task never had them.
+at a time. (F of A itself would be zero where B starts at zero; adapters of other factors that start at zero, such as
+AdaLoRA, are held by these factors alone.) Rows of added tokens and a fresh head are left alone: the old task never had
+them.
 
 When: a second task must not undo the first. Cost: `fisher_rows` passes of one row; for each step one pass over what
 trains, with a low-rank method the product B A of every site. Memory: 8 bytes for each trained whole weight (F and
