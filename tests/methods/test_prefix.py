@@ -236,6 +236,15 @@ def test_layers_without_all_earlier_keys_refuse(name: str) -> None:
     assert not [m for m in model.modules() if type(m).__name__ == "PrefixSite"]
 
 
+def test_a_zero_start_without_the_network_keeps_all_virtual_tokens_alike() -> None:
+    for options, alike in (({}, True), ({"prefix_projection": True}, False)):
+        method, model = attached("llama", init_weights="zero", **options)
+        train(method, model)
+        flat = method.tensors(model)["prompt_embeddings"]
+        assert flat.abs().max() > 0
+        assert torch.allclose(flat, flat[:1].expand_as(flat), atol=1e-5) == alike
+
+
 def test_a_prefix_longer_than_the_model_and_other_bad_values_are_refused() -> None:
     with pytest.raises(RecipeError, match="no position"):
         PrefixTuning(num_virtual_tokens=512).attach(tiny("llama"))

@@ -4,8 +4,8 @@
 
 arXiv:2101.00190; file and mathematics are PEFT's (`PREFIX_TUNING`): every query sees the whole prefix, no rotary on
 it, real positions begin at P. 2 P L K D numbers train: Llama-3.1-8B at P 20: 1,310,720. With `prefix_projection` they
-come out of a network while they train, rows (P, K D) -> Linear -> tanh -> Linear (2 L K D): steadier at higher
-learning rates, many more weights; only what it gives is saved, so a run resumes with the network and a loaded file
+come out of a network while they train, rows (P, K D) -> Linear -> tanh -> Linear (2 L K D): steadier, many more
+weights, a learning rate of 1e-3; only what it gives is saved, so a run resumes with the network and a loaded file
 goes on without it.
 
 When: one frozen base with many tiny tasks; generation in a fixed format. LoRA learns more at the same size.
@@ -47,11 +47,13 @@ class PrefixTuning(VirtualMethod):
     }  # fmt: skip
 
     num_virtual_tokens: Count = _doc(20, "length of the prefix: 10 for a simple task, 100-200 for long formats")
-    prefix_projection: bool = _doc(False, "let the prefix come out of a network while it trains")
+    prefix_projection: bool = _doc(False, "let a network make the prefix while it trains; learning rate then 1e-3")
     encoder_hidden_size: Count | None = _doc(
         None, "width inside that network (512 and 800 in the paper); default that of the keys"
     )
-    init_weights: Literal["zero"] | None = _doc(None, "zero: start from keys and values of 0 instead of N(0, 1)")
+    init_weights: Literal["zero"] | None = _doc(
+        None, "zero: start from 0, not N(0, 1); with the network only, else all virtual tokens stay alike"
+    )
 
     def __post_init__(self) -> None:
         inside = self.encoder_hidden_size
