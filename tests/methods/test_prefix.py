@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
@@ -17,7 +18,7 @@ from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.p_tuning_v2 import PTuningV2
 from luthier.methods.prefix import PrefixTuning
 from luthier.models.attention import DENSE, forest_context
-from luthier.models.prefix_site import prefix_shape
+from luthier.models.prefix_site import PrefixShape, prefix_shape
 from luthier.models.probe import open_trunk
 from luthier.models.switch import attention_as, native_attention
 from luthier.sampling.generate import SamplingSpec, generate
@@ -198,14 +199,19 @@ def test_recompute_of_activations_changes_nothing(family: str, attention: str) -
         assert all(m.gradient_checkpointing for m in model.modules() if "gradient_checkpointing" in vars(m))
 
 
+def test_the_kernel_of_one_call_has_no_place_for_a_prefix_and_is_passed_over() -> None:
+    _, model = attached("llama")
+    trunk, batch = open_trunk(model), shared_as_batches()[0]
+    expected = trunk.logprobs(batch)
+    trunk.facts = replace(trunk.facts, kernel="varlen")  # which this device has not
+    torch.testing.assert_close(trunk.logprobs(batch), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_counts_of_real_shapes() -> None:
-    llama = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=8, vocab_size=128256)  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
-    method = PrefixTuning(num_virtual_tokens=20)
-    method.attach(model)
-    assert method.footprint(model).trainable == 1_310_720
+    llama_8b, llama_70b = PrefixShape(32, 8, 128), PrefixShape(80, 8, 128)
+    for shape, count in ((llama_8b, 1_310_720), (llama_70b, 3_276_800)):
+        encoder = PrefixTuning(num_virtual_tokens=20).encoder(shape, torch.device("cpu"))
+        assert sum(p.numel() for p in encoder.parameters()) == count
     wide = PrefixTuning(num_virtual_tokens=20, prefix_projection=True, encoder_hidden_size=512)
     encoder = wide.encoder(prefix_shape(base("llama"), "prefix"), torch.device("cpu"))
     assert sum(p.numel() for p in encoder.parameters()) == 20 * 32 + (32 * 512 + 512) + (512 * 128 + 128)

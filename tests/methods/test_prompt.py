@@ -27,6 +27,7 @@ from luthier.models.token_rows import attach_rows
 from luthier.recipe.read import read_recipe
 from luthier.sampling.generate import SamplingSpec, generate, room
 from methods.rig import TOKENS, base, logits, loss, rows_as_batches, sample, shared_as_batches, train
+from models import sweep
 from tiny import tiny, tiny_tokenizer
 from tiny_families import family as other_family
 from tiny_families import logprobs_alone
@@ -81,6 +82,19 @@ def test_logits_and_gradients_are_pefts(family: str, case: str) -> None:
     nn.functional.cross_entropy(scores, TOKENS[:, 1:].flatten()).backward()
     for mine, other in zip(ours(model), oracle.prompt_encoder.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_families_that_scale_their_embeddings_scale_virtual_ones_as_in_peft(family: str) -> None:
+    """Gemma 2 inside the decoder, so virtual tokens too; Gemma 3 inside its embedding, so they are not."""
+    torch.manual_seed(4)
+    model = other_family(family)
+    oracle = peft.get_peft_model(
+        copy.deepcopy(model), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+    ).eval()
+    PromptTuning(num_virtual_tokens=LENGTH).attach(model)
+    oracle.prompt_encoder["default"].embedding.weight.data.copy_(ours(model)[0])
+    torch.testing.assert_close(logits(model), theirs(oracle), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,6 +182,28 @@ def test_other_families_see_them_alike_on_every_path(name: str) -> None:
     prompts = [[5, 6, 7, 8, 9], [40, 41], [50, 60, 70]]
     made = generate(model, None, prompts, SamplingSpec(max_new_tokens=4, batch=3))
     assert [generate(model, None, [p], SamplingSpec(max_new_tokens=4))[0] for p in prompts] == made
+
+
+@pytest.mark.parametrize("kind", [PromptTuning, PrefixTuning])
+@pytest.mark.parametrize("name", ["opt", "bloom", "mpt", "gpt_neo", "falcon"])
+def test_families_of_other_builds_see_them_alike_too(name: str, kind: Any) -> None:
+    """OPT's head reaches past its decoder; biases and windows that count keys meet padding (MPT, BLOOM, GPT-Neo)."""
+    model = sweep.build(name).eval()
+    trunk = open_trunk(model)
+    torch.manual_seed(4)
+    kind(num_virtual_tokens=LENGTH).attach(model)
+    twin, batch = copy.deepcopy(model), probe_batch(60, (-1, 0, 0, -1), (6, 4, 3, 5))
+    with torch.no_grad():
+        found, expected = trunk.logprobs(batch), open_trunk(twin, attention="unpacked").logprobs(batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    trunk.close()
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    made = generate(model, None, prompts, SamplingSpec(max_new_tokens=4))
+    assert [generate(model, None, [p], SamplingSpec(max_new_tokens=4))[0] for p in prompts] == made
+    for row, new in zip(prompts, made, strict=True):
+        with torch.no_grad():
+            whole = model(input_ids=torch.tensor([[*row, *new]]), use_cache=False).logits[0, len(row) - 1 : -1]
+        assert whole.argmax(-1).tolist() == new
 
 
 @pytest.mark.parametrize("attention", ["forest", "unpacked"])

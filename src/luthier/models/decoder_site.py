@@ -11,13 +11,15 @@ embeddings, layers and settings are found through it, and base weights keep thei
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import ModelError, RecipeError
@@ -65,12 +67,26 @@ class DecoderSite(Site):
 
 
 def decoder_path(model: nn.Module, method: str) -> str:
-    """Where the decoder is, or RecipeError where the model has no such part."""
-    decoder = decoder_of(model)
-    if decoder is not None:
-        for path, module in model.named_modules():
-            if module is decoder:
-                return path
+    """The outermost part that a call of the model and a call of its decoder both go through once, or RecipeError.
+
+    Mostly the decoder itself; the heads of some families reach past it (OPT's calls `model.decoder`).
+    """
+    decoder, calls = decoder_of(model), Counter[int]()
+    inside = [] if decoder is None else [m for m in decoder.modules() if isinstance(m, PreTrainedModel)]
+    hooks = [m.register_forward_pre_hook(lambda module, args: calls.update([id(module)])) for m in inside]
+    try:
+        with quietly(model), native_attention(model):
+            for part in (model, decoder):
+                if part is not None:
+                    part(input_ids=row_of(model, 3), use_cache=False)
+    except Exception:  # noqa: BLE001 a family that does not run on a few tokens: nothing is known of its parts
+        calls.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, module in model.named_modules():
+        if calls[id(module)] == 2:
+            return path
     raise RecipeError(
         f"{method} goes around the model without its head, and this model has no such part",
         where="method", value=type(model).__name__, remedy="use a method on linears, such as lora",
@@ -84,14 +100,51 @@ def later(given: dict[str, Any], tokens: int) -> None:
             given[name] = given[name] + tokens
 
 
-def widen(given: dict[str, Any], tokens: int) -> None:
-    """A padding mask (B, T) sees `tokens` more in front; any other mask is not understood."""
+def widen(given: dict[str, Any], tokens: int) -> Padded | None:
+    """A padding mask (B, T) sees `tokens` more; where rows are padded on the left, how their columns now lie."""
     mask = given.get("attention_mask")
     if mask is None:
-        return
+        return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise ModelError("virtual tokens need a padding mask of two dimensions", value=type(mask).__name__)
-    given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], tokens), mask], 1)
+    padded = Padded.of(mask, tokens)
+    joined = torch.cat([mask.new_ones(mask.shape[0], tokens), mask], 1)
+    given["attention_mask"] = joined if padded is None else padded.order(joined)
+    return padded
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Rows padded on the left: virtual tokens go between a row's padding and its first token, as in the row alone."""
+
+    source_BT: Tensor  # of each new column: its virtual token, or P + its old column
+    where_BT: Tensor  # new column of each old one
+
+    @staticmethod
+    def of(mask: Tensor, tokens: int) -> Padded | None:
+        """None where no row is padded on the left."""
+        ahead = mask.cumsum(1) == 0
+        if not bool(ahead.any()):
+            return None
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        where_BT = columns + tokens * ~ahead
+        source = torch.arange(tokens, device=mask.device).repeat(len(mask), 1)
+        places = torch.cat([ahead.sum(1, keepdim=True) + source, where_BT], 1)
+        joined = torch.cat([source, (columns + tokens).expand(len(mask), -1)], 1)
+        return Padded(torch.empty_like(joined).scatter(1, places, joined), where_BT)
+
+    def order(self, joined: Tensor) -> Tensor:
+        """Virtual columns, then the old ones (B, P + T, ...): each to its place."""
+        return _gathered(joined, self.source_BT)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The old columns of a result."""
+        return _gathered(x, self.where_BT)
+
+
+def _gathered(x: Tensor, columns_BT: Tensor) -> Tensor:
+    index = columns_BT if x.ndim == 2 else columns_BT[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(1, index)
 
 
 def cache_of(decoder: nn.Module, given: dict[str, Any]) -> Cache | None:

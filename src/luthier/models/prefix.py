@@ -63,18 +63,25 @@ def prefix_now() -> Prefix | None:
 
 
 class PrefixedCache(Cache):
-    """A view for one call: the prefix, then what `inner` keeps (None: only the rows of the call)."""
+    """A view for one call: the prefix, then what `inner` keeps (None: only the rows of the call).
 
-    def __init__(self, prefix: Prefix, inner: Cache | None) -> None:
+    `order` (B, P + T): where rows are padded on the left, the prefix comes between padding and first token.
+    """
+
+    def __init__(self, prefix: Prefix, inner: Cache | None, order: Tensor | None = None) -> None:
         super().__init__(layers=[])
-        self.prefix, self.inner = prefix, inner
+        self.prefix, self.inner, self.order = prefix, inner, order
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
-        return self.prefix.join(layer_idx, key_states, value_states)
+        key, value = self.prefix.join(layer_idx, key_states, value_states)
+        if self.order is None:
+            return key, value
+        index = self.order[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        return key.gather(2, index), value.gather(2, index)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Keys that come before those of the call."""

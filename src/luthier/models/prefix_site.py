@@ -84,9 +84,9 @@ class PrefixSite(DecoderSite):
     def native(self, given: dict[str, Any]) -> Any:
         prefix = self.shape.prefix(self.delta())
         cache = cache_of(self.base_layer, given)
-        view = PrefixedCache(prefix, cache)
+        padded = widen(given, prefix.tokens)
+        view = PrefixedCache(prefix, cache, None if padded is None else padded.source_BT)
         later(given, prefix.tokens)
-        widen(given, prefix.tokens)
         with keeping_activations(self.base_layer):
             out = self.base_layer(**{**given, "past_key_values": view})
         self._check(prefix)

@@ -75,38 +75,6 @@ class Grown:
         return moved
 
 
-@dataclass(frozen=True, eq=False)
-class Padded:
-    """Rows padded on the left: virtual tokens go between a row's padding and its first token, as in the row alone."""
-
-    source_BT: Tensor  # of each new column: its virtual token, or P + its old column
-    where_BT: Tensor  # new column of each old one
-
-    @staticmethod
-    def of(given: dict[str, Any], tokens: int) -> Padded | None:
-        """From the call's mask, None where no row is padded on the left."""
-        mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return None
-        ahead = mask.cumsum(1) == 0
-        if not bool(ahead.any()):
-            return None
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        where_BT = columns + tokens * ~ahead
-        source = torch.arange(tokens, device=mask.device).repeat(len(mask), 1)
-        places = torch.cat([ahead.sum(1, keepdim=True) + source, where_BT], 1)
-        joined = torch.cat([source, (columns + tokens).expand(len(mask), -1)], 1)
-        return Padded(torch.empty_like(joined).scatter(1, places, joined), where_BT)
-
-    def order(self, joined: Tensor) -> Tensor:
-        """Virtual columns, then the old ones (B, P + T, ...): each to its place."""
-        return _gathered(joined, self.source_BT)
-
-    def back(self, x: Tensor) -> Tensor:
-        """The old columns of a result."""
-        return _gathered(x, self.where_BT)
-
-
 class PromptSite(DecoderSite):
     """`delta()` gives the embeddings (P, D)."""
 
@@ -136,10 +104,7 @@ class PromptSite(DecoderSite):
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         virtual_PD = self.delta()
         tokens = len(virtual_PD)
-        padded = Padded.of(given, tokens)
-        widen(given, tokens)
-        if padded is not None:
-            given["attention_mask"] = padded.order(given["attention_mask"])
+        padded = widen(given, tokens)
         positions = given.get("position_ids")
         later(given, tokens)
         if cache is not None and _begun(cache):
@@ -202,11 +167,6 @@ def _differs(model: nn.Module, base: Any) -> str:
         return ""
     worst = max(relative_difference(found, expected) for found in (native, packed) if found is not None)
     return "" if worst <= _SAME else f"hidden rows differ by {worst:.1e}"
-
-
-def _gathered(x: Tensor, columns_BT: Tensor) -> Tensor:
-    index = columns_BT if x.ndim == 2 else columns_BT[..., None].expand(-1, -1, x.shape[-1])
-    return x.gather(1, index)
 
 
 def _begun(cache: Cache) -> bool:
