@@ -1,10 +1,14 @@
-"""Caches of methods (Spectrum's scans) lie in a directory of the test session, never in the user's."""
+"""Every method on every family as a fixture; caches (Spectrum's scans) lie in a directory of the test session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+from luthier.recipe import resolve
+from methods.rig import FAMILIES, NAMES, Made, base, refused
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,3 +16,15 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(params=[(name, family) for name in NAMES for family in FAMILIES], ids="-".join)
+def made(request: pytest.FixtureRequest) -> Made:
+    """A method with its defaults, attached to a fresh model; or skipped with the method's own reason."""
+    name, family = request.param
+    torch.manual_seed(0)
+    method, model = resolve.load("methods", name)(), base(family)
+    refusal = refused(method, model)
+    if refusal is not None:
+        pytest.skip(refusal.line())
+    return method, model, family

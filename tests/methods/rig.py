@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from luthier.contracts.batch import Batch
+from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
 from luthier.engine.optimizer import build_optimizer
+from luthier.recipe import resolve
 from tiny import VOCABULARY, tiny
 
 STORIES = Path(os.environ.get("LUTHIER_TEST_DATA", Path(__file__).resolve().parents[3] / "shared/data"))
 STORIES = STORIES / "models/stories260K-chatml"
+NAMES = resolve.names("methods")
+Made = tuple[Method, nn.Module, str]
 FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories")  # the last: small, but really trained
 TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -106,3 +110,12 @@ def rows_as_batches() -> tuple[Batch, list[Batch]]:
     rows = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (7, 3, 11)]
     samples = [sample(row, i) for i, row in enumerate(rows)]
     return collate(samples), [collate([one]) for one in samples]
+
+
+def refused(method: Method, model: nn.Module) -> RecipeError | None:
+    """Attach, or what the method says against it."""
+    try:
+        method.attach(model)
+    except RecipeError as error:
+        return error
+    return None
