@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.models.gated_prefix import _apart, gated_plain, widened
+from luthier.models.gated_prefix import Virtual, _apart, gated_plain, widened
 from luthier.models.gates import gated_low_rank, gated_low_rank_plain
 
 BATCH, HEADS, TOKENS, AHEAD, WIDTH = 2, 3, 5, 4, 6

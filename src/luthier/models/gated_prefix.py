@@ -56,8 +56,8 @@ class GatedAttention(Site):
         if not self.on or not (packed or caches):
             return self.base_layer(*args, **kwargs)
         rows = args[0] if args else kwargs["hidden_states"]
-        ahead = 0 if packed else caches[0].prefix.tokens
-        with _gated(Gating(self.delta(rows), ahead, _attention_of(self.base_layer))):
+        virtual = None if packed else Virtual(caches[0].prefix.tokens, caches[0].order)
+        with _gated(Gating(self.delta(rows), virtual, _attention_of(self.base_layer))):
             with attention_as(self.base_layer, GATED):
                 return self.base_layer(*args, **kwargs)
 
@@ -77,11 +77,18 @@ class GateOfPrefix(nn.Module):
         return {"prefix_gate.weight": self.gate.weight, "prefix_gate.bias": self.gate.bias}
 
 
+class Virtual(NamedTuple):
+    """Which keys of a native call are the prefix's: the first P, or those that `order` (B, P + T) took from them."""
+
+    tokens: int
+    order: Tensor | None
+
+
 class Gating(NamedTuple):
     """What the attention function is told by the site around it."""
 
     gate_BT1: Tensor
-    ahead: int  # how many of the first keys are the prefix's (0: the forest's mask carries it)
+    virtual: Virtual | None  # None: the forest's mask carries the prefix
     attention: str  # the model's own
 
 
@@ -110,7 +117,7 @@ def gated_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The attention entry: the model's own attention over heads twice as wide."""
-    gate_BT1, ahead, name = _current.get()
+    gate_BT1, virtual, name = _current.get()
     if name == "eager" and any(kwargs.get(term) is not None for term in _TERMS):
         raise ForestUnsupported(f"{type(module).__name__} passes attention arguments that a gated prefix cannot keep")
     inner = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]
@@ -123,9 +130,8 @@ def gated_attention(
         wide = WidePrefix(prefix.keys_L, prefix.values_L, prefix.served)
         attention_mask = dataclasses.replace(attention_mask, prefix=wide)
     width = value.shape[-1]
-    out, weights = inner(
-        module, widened(query, gate_BT1), _apart(key, ahead), _apart(value, ahead), attention_mask, **kwargs
-    )
+    key, value = _apart(key, virtual), _apart(value, virtual)
+    out, weights = inner(module, widened(query, gate_BT1), key, value, attention_mask, **kwargs)
     own, pre = out.split(width, -1)
     return own + gate_BT1[:, :, None] * pre, weights
 
@@ -146,12 +152,16 @@ def gated_plain(
     return (1 - share) * (scores.softmax(-1) @ own[1]) + share * gate * (before.softmax(-1) @ prefix[1])
 
 
-def _apart(x_BHKD: Tensor, ahead: int) -> Tensor:
-    """The first `ahead` rows go into the second half of the wide heads, the others into the first."""
-    first, rest = x_BHKD.split([ahead, x_BHKD.shape[2] - ahead], 2)
+def _apart(x_BHKD: Tensor, virtual: Virtual | None) -> Tensor:
+    """The prefix's rows go into the second half of the wide heads, the others into the first."""
     width = x_BHKD.shape[-1]
-    rest = functional.pad(rest, (0, width))
-    return rest if not ahead else torch.cat([_second(first), rest], 2)
+    if virtual is None:
+        return functional.pad(x_BHKD, (0, width))
+    if virtual.order is not None:
+        prefix = virtual.order[:, None, :, None] < virtual.tokens
+        return torch.where(prefix, _second(x_BHKD), functional.pad(x_BHKD, (0, width)))
+    first, rest = x_BHKD.split([virtual.tokens, x_BHKD.shape[2] - virtual.tokens], 2)
+    return torch.cat([_second(first), functional.pad(rest, (0, width))], 2)
 
 
 def _second(x: Tensor) -> Tensor:
