@@ -26,7 +26,10 @@ def _causal(ahead: int = 0) -> torch.Tensor:
 
 def wide(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pk: torch.Tensor, pv: torch.Tensor, gate: torch.Tensor):
     """What `gated_attention` asks of the model's attention."""
-    key, value = _apart(torch.cat([pk, k], 2), AHEAD), _apart(torch.cat([pv, v], 2), AHEAD)
+    key, value = (
+        _apart(torch.cat([pk, k], 2), Virtual(AHEAD, None)),
+        _apart(torch.cat([pv, v], 2), Virtual(AHEAD, None)),
+    )
     out = torch.nn.functional.scaled_dot_product_attention(
         widened(q, gate), key, value, _causal(AHEAD), scale=WIDTH**-0.5
     )
