@@ -29,6 +29,7 @@ from bench.table import bullets, machine, table, versions
 
 TASKS = (quality.GSM8K, quality.NOTES)
 STEPS, ROWS = 100, 8
+WHOLE = "a whole model"
 # What a bare name cannot do on these bases, and what is run in its place beside it.
 ALSO: dict[str, dict[str, Any]] = {"bitfit": {"add_bias": True}}
 
@@ -128,7 +129,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if job["task"] == quality.NOTES:
         told["exact_match"] = quality._score(job["task"], training.result, Path(job["held_out"]), Path(job["base"]))
     if training.result.name == "model":
-        return {**told, "merge": "a whole model"}
+        return {**told, "merge": WHOLE}
     try:
         made = luthier.merge(training.result, out=f"{job['out']}-merged")
         return {**told, "merge": made["max_logit_difference"]}
@@ -161,9 +162,9 @@ def page(result: dict[str, Any]) -> str:
         f"{result['timed_steps']} steps of {result['rows_per_step']} rows, bare method names (each method's defaults "
         f"and rate), the same rows and seed; {result['at_once']} processes side by side, so rates compare with each "
         "other and with nothing else.",
-        "Peak memory is the largest resident set of the process, interpreter and libraries (about 450 MB) included. "
+        "Peak memory is the largest resident set of the process, interpreter and libraries (about 400 MB) included. "
         "Loss is the mean of the last five steps. Merge: largest difference of logits between the adapter and the "
-        "model it was folded into.",
+        "model it was folded into; no: refused, and the method's card says why.",
         *(f"{name}: {task['rows'][0]:,} rows train, {task['rows'][1]:,} are held out." for name, task in
           result["tasks"].items()),
         *(f"{name} was left out: {why}." for name, why in result["left_out"].items()),
@@ -183,6 +184,8 @@ def _row(cell: dict[str, Any], exact: bool) -> list[str]:
     if "refused" in cell:
         return [cell["method"], *[""] * (6 + exact), f"refused: {cell['refused']}"]
     merge = cell["merge"]
+    if isinstance(merge, str):
+        merge = merge if merge == WHOLE else "no"
     return [
         cell["method"], f"{cell['trainable']:,}", f"{cell['peak_bytes'] / 2**20:,.0f} MB",
         f"{cell['tokens_per_second']:,.0f}", f"{cell['final_loss']:.3f}", f"{cell['held_out_loss']:.3f}",

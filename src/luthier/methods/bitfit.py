@@ -63,7 +63,7 @@ class AddedBias(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method):
-    """Train biases only: the smallest files, and exactly the base when switched off."""
+    """Train biases only: tiny files, and exactly the base when switched off."""
 
     paper: ClassVar[str] = "arXiv:2106.10199"
     mergeable: ClassVar[bool] = True

@@ -46,7 +46,7 @@ def _doc(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    """One trained factor for each channel of keys, values and feed-forward: the fewest trained numbers of all."""
+    """One trained factor for each channel of keys, values and feed-forward: hardly any numbers to train."""
 
     paper: ClassVar[str] = "arXiv:2205.05638"
     mergeable: ClassVar[bool] = True

@@ -52,7 +52,7 @@ def _layers_fine(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class LoReFT(Method):
-    """Edit the hidden states of a few prompt tokens: the smallest adapters there are, and no weight is touched."""
+    """Edit the hidden states of a few prompt tokens: tiny adapters, and no weight is touched."""
 
     paper: ClassVar[str] = "arXiv:2404.03592"
     peft_type: ClassVar[str | None] = "REFT"

@@ -35,7 +35,7 @@ def _doc(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(VirtualMethod):
-    """A trained prefix of keys and values in every layer: the smallest files, the base untouched."""
+    """A trained prefix of keys and values in every layer: small files, the base untouched."""
 
     paper: ClassVar[str] = "arXiv:2101.00190"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
