@@ -27,6 +27,7 @@ PLAN: dict[str, tuple[str, ...]] = {
     "curves": ("curves",),  # 1
     "quality": ("quality",),  # 7, two of them for the quickstart's base where it is not cached
     "profile": ("profile", "--model", "s32k", "--steps", "2"),  # 1
+    "share": ("share",),  # 2
 }  # fmt: skip
 
 

@@ -103,6 +103,13 @@ def test_search_records_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "failed" in tried["not to be had"]
 
 
+def test_share_of_each_work(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    few = ("--works", "sft-s32k", "dpo-each", "--only-model", "tiny", "--one-process", "--steps", "1")
+    works = run("share", tmp_path, *few, "--longest", "128", "--threads", "1", base=())["share"]["works"]
+    assert works.keys() == {"sft-s32k", "dpo-each"} and all(work["share"] > 0 for work in works.values())
+
+
 def test_every_method_has_a_row(tmp_path: Path, shared_data: Any) -> None:
     shared_data("models/stories260K-chatml")
     small = ("--tasks", "gsm8k", "--methods", "lora", "full", "--small", "20", "--one-process", "--steps", "2")
