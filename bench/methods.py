@@ -162,7 +162,7 @@ def page(result: dict[str, Any]) -> str:
         f"{result['timed_steps']} steps of {result['rows_per_step']} rows, bare method names (each method's defaults "
         f"and rate), the same rows and seed; {result['at_once']} processes side by side, so rates compare with each "
         "other and with nothing else.",
-        "Peak memory is the largest resident set of the process, interpreter and libraries (about 400 MB) included. "
+        "Peak memory is the largest resident set of the process, interpreter and libraries included. "
         "Loss is the mean of the last five steps. Merge: largest difference of logits between the adapter and the "
         "model it was folded into; no: refused, and the method's card says why.",
         *(f"{name}: {task['rows'][0]:,} rows train, {task['rows'][1]:,} are held out." for name, task in

@@ -3,8 +3,8 @@
     plain     dW = dy^T x into new memory, then W.grad += dW         one more matrix written, faulted in, read
     here      W.grad = beta W.grad + dy^T x, beta 0 for the first     nothing besides W.grad, and W.grad stays
 
-Fresh memory is dear: on a CPU the pages of a 65 MB gradient of an embedding take as long to fault in as a tenth of a
-small model's step. So while a strategy holds the room open, linears and embeddings with trained weights run under
+Fresh memory is dear: on a CPU the zeros for one microbatch's gradient of an embedding of 65 MB took 70 ms to fault in.
+So while a strategy holds the room open, linears and embeddings with trained weights run under
 functions that write their weight's gradient themselves, and on a CPU the gradients of one step are the room of the
 next. The log-probabilities write the head's (models/logprobs.py). What reaches such a weight by another way still
 counts: a hook clears what is left of the last step before autograd adds to it. Sums differ from autograd's in the

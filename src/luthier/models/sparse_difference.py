@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.contracts.errors import ModelError
-from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, noise_like
+from luthier.models.hard_concrete import Gates, Stretch, expected_open, gated, noise_like
 from luthier.models.sites import features
 
 INDEX, VALUE = "idx", "val"
@@ -81,12 +81,6 @@ class SparseDifference(nn.Module):
     def weight(self) -> Tensor:
         """D, (out, in), fp32."""
         return self.difference(noisy=False).float()
-
-    def share_open(self) -> float:
-        """Share of entries that are not 0 as evaluation sees them."""
-        if self.is_fixed():
-            return float(self.mask.float().mean())
-        return float((gate(self.diff_gate, None, self.stretch) > 0).float().mean())
 
     def peft_tensors(self) -> dict[str, Tensor]:
         if not self.is_fixed():
