@@ -174,7 +174,7 @@ class Masker:
 
     def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
         """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
-        missing = broken_controls(text, found, self.tokenizer)
+        missing = broken_controls(text, found, self.tokenizer, self.vocabulary.added)
         if missing:
             raise not_atomic(missing, f"{chat.source} ({self.template.name})")
         encoded = self.vocabulary.encode(text)

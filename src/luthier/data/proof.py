@@ -7,7 +7,7 @@ span of their answer; no content of another message is; what the template printe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +95,9 @@ def unshown(chat: Chat, found: Trace) -> int:
     return len(given - shown)
 
 
-def broken_controls(text: str, found: Trace, tokenizer: Any) -> list[str]:
+def broken_controls(text: str, found: Trace, tokenizer: Any, known: Collection[str] | None = None) -> list[str]:
     """Control strings that the template itself printed and that are not single tokens."""
-    if not missing_tokens([text], tokenizer):
+    if not missing_tokens([text], tokenizer, known):
         return []
     pieces: list[str] = []
     position = 0
@@ -105,7 +105,7 @@ def broken_controls(text: str, found: Trace, tokenizer: Any) -> list[str]:
         pieces.append(text[position : span[0]])
         position = max(position, span[1])
     pieces.append(text[position:])
-    return missing_tokens(pieces, tokenizer)
+    return missing_tokens(pieces, tokenizer, known)
 
 
 def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:

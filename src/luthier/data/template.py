@@ -31,6 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.contracts.errors import DataError
 from luthier.data import templates
+from luthier.data.sandbox import QuickSandbox
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest known is below 60,000
 LONGEST_RENDER = 1 << 25
@@ -244,7 +245,7 @@ class _Generation(jinja2.ext.Extension):
         return f"{marks[0]}{text}{marks[1]}" if marks else text
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(QuickSandbox):
     """The sandbox, with repetition and powers capped: `'x' * 10**12` is refused before memory is asked for."""
 
     intercepted_binops = frozenset({"*", "**"})
@@ -312,7 +313,9 @@ def _compile(text: str, name: str, now: datetime) -> jinja2.Template:
             remedy=f"at most {LONGEST_TEMPLATE}",
         )  # fmt: skip
     try:
-        return _environment(now).from_string(text)
+        compiled = _environment(now).from_string(text)
+        compiled.globals = dict(compiled.globals)  # a chain of dictionaries is slow, and each render reads all of it
+        return compiled
     except TemplateError as error:
         line = getattr(error, "lineno", None)
         raise DataError(

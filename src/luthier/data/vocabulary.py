@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from luthier.contracts.errors import DataError
 from luthier.data.template import MARKUP
+from luthier.data.words import QuickWords, quick_words
 
 Ints = np.ndarray  # int64 (T,)
 
@@ -130,8 +131,15 @@ class Vocabulary:
             self.backend.no_padding()
         if self.backend.encode_special_tokens:
             self.backend.encode_special_tokens = False
+        if self.quick is not None and (found := self.quick.encode(text)) is not None:
+            return Encoded(text, *found)
         made = self.backend.encode(text, add_special_tokens=False)
         return self._encoded(text, made.ids, made.offsets)
+
+    @cached_property
+    def quick(self) -> QuickWords | None:
+        """The same ids and characters word by word, where the tokenizer is of a kind that allows it (words.py)."""
+        return quick_words(self.tokenizer)
 
     def controls(self, encoded: Encoded) -> Ints:
         """Positions of control tokens."""
