@@ -194,7 +194,7 @@ class Encoder:
         self.unshown_reasoning += masked.unshown_reasoning
         encoded = masked.encoded
         cuts = []
-        for turn in masked.turns:
+        for turn in masked.turns if len(encoded) > self.max_tokens else ():  # nobody cuts a row that fits
             if chat.messages[turn.message]["role"] == "assistant":
                 after = encoded.text[turn.end :]
                 reach = turn.end + len(after) - len(after.lstrip())

@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.data.template import REASONING_FIELDS, Template
+from luthier.data.vocabulary import Encoded
 
 _BASES = (0xF0000, 0x100000, 0xE000)  # private use: two supplementary planes, then the basic one
 _ROOM = {0xF0000: 0xFFFE, 0x100000: 0xFFFE, 0xE000: 0x18FE}
@@ -53,12 +57,23 @@ class Trace:
 
     def of(self, message: int) -> list[Span]:
         """Where each piece of a message stands first: GPT-OSS prints a call's name again before its result."""
+        return self._first.get(message, [])
+
+    def inside(self, encoded: Encoded, tokens: Sequence[int]) -> list[int]:
+        """Those of the tokens that have characters in common with any piece."""
+        begins = [span.start for span in self.spans]  # in order
+        reached = list(accumulate((span.end for span in self.spans), max))
+        places = zip(encoded.start_T[tokens].tolist(), encoded.end_T[tokens].tolist(), tokens, strict=True)
+        return [int(i) for start, end, i in places if (k := bisect_left(begins, end)) and reached[k - 1] > start]
+
+    @cached_property
+    def _first(self) -> dict[int, list[Span]]:
         seen: set[int] = set()
-        found = []
+        found: dict[int, list[Span]] = {}
         for span in self.spans:
-            if span.message == message and span.piece not in seen:
+            if span.piece not in seen:
                 seen.add(span.piece)
-                found.append(span)
+                found.setdefault(span.message, []).append(span)
         return found
 
 

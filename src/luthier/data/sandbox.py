@@ -4,20 +4,22 @@ jinja2's sandbox asks a dozen questions at each `message.role` and each `content
 an internal of Python, would it change a list. For a plain dictionary, a plain string and the loop variable the answers
 are known beforehand, so they are not asked again; everything else goes the sandbox's own way. The rule is:
 
-    dict    a key that is no attribute of dict                -> the value          (as getattr-then-item gives it)
-    str     a method in _TEXT, which takes and gives values   -> the bound method   (`format` is never among them)
-    loop    a name in _LOOP                                   -> its value
+    dict        a name that is no attribute of dict               -> its item, or undefined
+    str         a method in _TEXT, which takes and gives values   -> the bound method (`format` is never among them)
+    loop        a name in _LOOP                                   -> its value
+    namespace   a name without underscore, no bound method        -> its value
 
-Exact types only: a subclass may answer otherwise. Leaves out: namespaces and lists, whose checks are needed.
+Exact types only: a subclass may answer otherwise. Leaves out: lists, whose methods change them.
 """
 
 from __future__ import annotations
 
-from types import BuiltinMethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 _DICT = frozenset(dir(dict))
 _TEXT = frozenset(
@@ -36,13 +38,18 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
         if kind is dict:
-            if attribute in obj and attribute not in _DICT:
-                return obj[attribute]
+            if attribute not in _DICT:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         elif kind is str:
             if attribute in _TEXT:
                 return getattr(obj, attribute)
-        elif kind is LoopContext and attribute in _LOOP:
-            return getattr(obj, attribute)
+        elif kind is LoopContext:
+            if attribute in _LOOP:
+                return getattr(obj, attribute)
+        elif isinstance(obj, Namespace) and attribute[:1] != "_":
+            value = getattr(obj, attribute, self)
+            if value is not self and type(value) not in (BuiltinMethodType, MethodType):
+                return value
         return super().getattr(obj, attribute)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - jinja's own names

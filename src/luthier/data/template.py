@@ -44,6 +44,7 @@ ALLOWED_VARIABLES = frozenset(
     ]
 )  # fmt: skip
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_REASONING = frozenset(REASONING_FIELDS)
 _MARKS = "luthier_marks"  # render variable: (opening, closing) around each generation block
 # what a special token can look like; `tokens.py` decides which of them must be atomic
 MARKUP = re.compile(
@@ -103,11 +104,10 @@ class Template:
         parts: list[str] = []
         length = 0
         try:
-            for part in which.generate(
-                messages=[_alias_reasoning(message) for message in messages],
-                tools=list(tools) if tools else None, documents=None,
-                add_generation_prompt=add_generation_prompt, **shown,
-            ):  # fmt: skip
+            shown["messages"] = [_alias_reasoning(message) for message in messages]
+            shown["tools"], shown["documents"] = list(tools) if tools else None, None
+            shown["add_generation_prompt"] = add_generation_prompt
+            for part in which.root_render_func(which.new_context(shown)):
                 parts.append(part)
                 length += len(part)
                 if length > LONGEST_RENDER:
@@ -221,6 +221,8 @@ def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _alias_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers does: keys that are None are absent; reasoning is found under all of its names."""
+    if type(message) is dict and _REASONING.isdisjoint(message) and None not in message.values():
+        return message
     shown = {key: value for key, value in message.items() if value is not None}
     reasoning = next((shown[key] for key in REASONING_FIELDS if key in shown), None)
     if reasoning is not None:

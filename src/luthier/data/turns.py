@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -173,9 +173,15 @@ class TurnFinder:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None
     whole: Trace
+    known: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # the bounds asked for so far
 
     def bounds(self, index: int) -> tuple[int, int, int, int]:
         """(end of the content before, first and last character of the message's own pieces, next content)."""
+        if index not in self.known:
+            self.known[index] = self._bounds(index)
+        return self.known[index]
+
+    def _bounds(self, index: int) -> tuple[int, int, int, int]:
         own = self.whole.of(index)
         text = self.whole.text
         others = [span for span in self.whole.spans if span.message != index]

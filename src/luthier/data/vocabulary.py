@@ -44,6 +44,7 @@ class Encoded:
     ids_T: Ints
     start_T: Ints
     end_T: Ints
+    joined: bool = False  # each token begins where the one before ends, and none is empty
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -54,6 +55,13 @@ class Encoded:
         White space decides nothing: `▁Hello` over the edge of "ASSISTANT: |Hello" is inside, `\\n\\n` over the start
         is outside. A token with visible characters on both sides raises StraddleError.
         """
+        if self.joined:
+            first, last = np.searchsorted(self.start_T, (start, end)).tolist()
+            at = (self.start_T[first] if first < len(self) else -1, self.end_T[last - 1] if last else -1)
+            if at == (start, end):
+                whole = np.zeros(len(self), dtype=bool)
+                whole[first:last] = True
+                return whole
         chosen: np.ndarray = (self.start_T >= start) & (self.end_T <= end) & (self.start_T < end)
         crossing = np.flatnonzero(
             (self.end_T > self.start_T)
@@ -132,7 +140,7 @@ class Vocabulary:
         if self.backend.encode_special_tokens:
             self.backend.encode_special_tokens = False
         if self.quick is not None and (found := self.quick.encode(text)) is not None:
-            return Encoded(text, *found)
+            return Encoded(text, *found[:3], joined=found[3])
         made = self.backend.encode(text, add_special_tokens=False)
         return self._encoded(text, made.ids, made.offsets)
 

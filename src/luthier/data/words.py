@@ -39,6 +39,7 @@ _KNOWN = re.compile(r"(?:\\p\{(?:%s)\}|\\[sSrnt]|\(\?(?:i?:|!)|[ \[\]^|+*?(){},.
 _PROBES = (("aZ7 \n\r\t'.s_<\x1cé中", 3), ("a7 \n.'’", 4))  # letters, and how many of them in a row
 _MOST_WORDS = 1 << 18  # the table is begun anew above; about 50 MB
 _MOST_PIECES, _LONGEST_PIECE = 1 << 16, 48
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
 _NOWHERE = r"[^\x00-\x7f]"
 _BORDER = re.compile(r"(?<=[!-~])(?= [!-~])")
 
@@ -77,13 +78,16 @@ class QuickWords:
     composes: bool  # the tokenizer brings texts to NFC first
     lengths: np.ndarray  # bytes of each token of the vocabulary, -1 = not a byte-level token
     table: _Table = field(init=False)
-    pieces: dict[str, list[int]] = field(default_factory=dict)  # of other letters than ASCII, as the library has them
+    pieces: dict[str, list[int]] = field(default_factory=dict)  # short sections, and pieces of other letters
 
     def __post_init__(self) -> None:
         self.table = _Table(self.backend.model)
 
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """ids_T, start_T, end_T of the text; None where only the plain way can tell."""
+    def encode(self, text: str) -> Found | None:
+        """ids_T, start_T, end_T of the text, and whether every token begins where the one before ends.
+
+        None where only the plain way can tell.
+        """
         try:
             ids: list[int] = []
             for number, section in enumerate(self._sections(text)):
@@ -95,14 +99,14 @@ class QuickWords:
             return None
         ids_T = np.array(ids, dtype=np.int64)
         if not ids:
-            return None if text else (ids_T, ids_T, ids_T)
+            return None if text else (ids_T, ids_T, ids_T, False)
         size_T = self.lengths[ids_T]
         end_T = np.cumsum(size_T)
         if size_T.min() < 0:
             return None
         start_T = end_T - size_T
         if text.isascii():
-            return (ids_T, start_T, end_T) if end_T[-1] == len(text) else None
+            return (ids_T, start_T, end_T, bool(size_T.all())) if end_T[-1] == len(text) else None
         return self._characters(text, ids_T, start_T, end_T)
 
     def _sections(self, text: str) -> list[str]:
@@ -117,11 +121,15 @@ class QuickWords:
         return found
 
     def _words(self, section: str, ids: list[int]) -> None:
+        if section in self.pieces:
+            ids.extend(self.pieces[section])
+            return
         if section.isascii():
             words = self.split.findall(section)
             if "".join(words) != section:
                 raise Uncovered(section)
-            ids.extend(itertools.chain.from_iterable(map(self.table.__getitem__, words)))
+            found = itertools.chain.from_iterable(map(self.table.__getitem__, words))
+            ids.extend(self._kept(section, list(found)) if len(section) <= _LONGEST_PIECE else found)
             return
         if self.composes and not _composed(section):
             raise Uncovered(section)
@@ -141,22 +149,22 @@ class QuickWords:
         found = self.pieces.get(piece)
         if found is None:
             found = self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
-            if len(self.pieces) >= _MOST_PIECES:
-                self.pieces.clear()
-            if len(piece) <= _LONGEST_PIECE:
-                self.pieces[piece] = found
-        return found
+        return self._kept(piece, found) if len(piece) <= _LONGEST_PIECE else found
 
-    def _characters(
-        self, text: str, ids_T: np.ndarray, start_T: np.ndarray, end_T: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def _kept(self, piece: str, ids: list[int]) -> list[int]:
+        if len(self.pieces) >= _MOST_PIECES:
+            self.pieces.clear()
+        self.pieces[piece] = ids
+        return ids
+
+    def _characters(self, text: str, ids_T: np.ndarray, start_T: np.ndarray, end_T: np.ndarray) -> Found | None:
         """Ranges of bytes to ranges of characters: a token that holds a part of one counts with all of it."""
         data = text.encode()
         if end_T[-1] != len(data) or not start_T.size:
             return None
         first = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
         character = np.cumsum(first) - 1  # of each byte
-        return ids_T, character[start_T], character[end_T - 1] + 1
+        return ids_T, character[start_T], character[end_T - 1] + 1, False
 
 
 def quick_words(tokenizer: Any) -> QuickWords | None:
