@@ -33,6 +33,7 @@ CORPUS = [
     "a\r\n\tb    c " * 5,
 ]
 SCRIPTS = "abzAZ 019.,'’\n\r\t-_<>|/ \u00e9e\u0301ü中文あ—“”🙂\u2028\u00a0\x1c\x00ſK가½²"
+Answer = tuple[list[int], list[int], list[int]]
 MARKERS = ["<|im_start|>", "<|im_end|>", "<tool>", "<|im"]
 
 
@@ -77,19 +78,20 @@ def plain(vocabulary: Vocabulary, text: str) -> Encoded:
     return vocabulary._encoded(text, made.ids, made.offsets)
 
 
-def assert_equal(vocabulary: Vocabulary, text: str) -> bool:
-    """Whether the quick way answered; where it did, it must be the library's answer."""
+def quick(vocabulary: Vocabulary, text: str) -> Answer | None:
+    """ids, starts and ends by the quick way; None where it leaves the text to the library."""
     assert vocabulary.quick is not None
     found = vocabulary.quick.encode(text)
     if found is None:
-        return False
-    expected = plain(vocabulary, text)
-    assert found[0].tolist() == expected.ids_T.tolist(), text
-    assert found[1].tolist() == expected.start_T.tolist(), text
-    assert found[2].tolist() == expected.end_T.tolist(), text
+        return None
     if found[3]:
         assert np.array_equal(found[1][1:], found[2][:-1]) and (found[2] > found[1]).all()
-    return True
+    return found[0].tolist(), found[1].tolist(), found[2].tolist()
+
+
+def library(vocabulary: Vocabulary, text: str) -> Answer:
+    made = plain(vocabulary, text)
+    return made.ids_T.tolist(), made.start_T.tolist(), made.end_T.tolist()
 
 
 @settings(max_examples=150, deadline=None)
@@ -97,13 +99,14 @@ def assert_equal(vocabulary: Vocabulary, text: str) -> bool:
     st.lists(st.one_of(st.text(SCRIPTS, max_size=12), st.sampled_from([*MARKERS, "</s>", "it's", " word"])), max_size=9)
 )
 def test_wild_texts(vocabulary: Vocabulary, parts: list[str]) -> None:
-    assert_equal(vocabulary, "".join(parts))
+    text = "".join(parts)
+    assert quick(vocabulary, text) in (None, library(vocabulary, text))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_any_letters(vocabulary: Vocabulary, text: str) -> None:
-    assert_equal(vocabulary, text)
+    assert quick(vocabulary, text) in (None, library(vocabulary, text))
 
 
 @settings(max_examples=100, deadline=None)
@@ -128,7 +131,7 @@ def test_spans_of_joined_tokens(vocabulary: Vocabulary, text: str, data: st.Data
 def test_real_texts(vocabulary: Vocabulary, name: str, shared_data: Callable[[str], Path]) -> None:
     text = shared_data("raw/llamafactory").joinpath(name).read_text(encoding="utf-8")[:400_000]
     pieces = [text[i : i + 997] for i in range(0, len(text), 4001)]
-    assert all(assert_equal(vocabulary, piece) for piece in pieces)
+    assert [quick(vocabulary, piece) for piece in pieces] == [library(vocabulary, piece) for piece in pieces]
 
 
 @pytest.mark.parametrize(

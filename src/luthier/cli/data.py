@@ -17,6 +17,12 @@ def command() -> None:
     """Rows as the model sees them (show), and what became of every row (check)."""
 
 
+_progress = click.option(
+    "--progress", type=click.Choice(["auto", "rich", "plain", "json", "off"]), default="auto", show_default=True,
+    help="How far reading and encoding are, on stderr; quick ones say nothing.",
+)  # fmt: skip
+
+
 def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
     from luthier.recipe.read import read_recipe
 
@@ -31,31 +37,37 @@ def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="How many rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row: source, ids, tokens, trained, text.")
-def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+@_progress
+def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, progress: str) -> None:
     """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour).
 
     A pair is shown as its prompt, the chosen and the rejected answer, the trained tokens of the last in red.
     """
     read = _read(recipe, overrides)
     from luthier import run
+    from luthier.cli.progress import reader
 
-    for row in run.data_rows(read, rows):
-        if as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
-        else:
-            _show_row(row)
+    with reader(progress) as listen:
+        for row in run.data_rows(read, rows, listen):
+            if as_json:
+                click.echo(json.dumps(row, ensure_ascii=False))
+            else:
+                _show_row(row)
 
 
 @command.command("check")
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="The ledger as one JSON object.")
-def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@_progress
+def check(recipe: str, overrides: tuple[str, ...], as_json: bool, progress: str) -> None:
     """Read every row as training would and print the ledger: read = kept + each reason."""
     read = _read(recipe, overrides)
     from luthier import run
+    from luthier.cli.progress import reader
 
-    ledger = run.data_check(read)
+    with reader(progress) as listen:
+        ledger = run.data_check(read, listen)
     if as_json:
         click.echo(json.dumps(ledger.to_json(), ensure_ascii=False))
         return

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -60,7 +61,7 @@ class Encoder:
         self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = (), *,
         score_prompt: bool = False,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self._section = tokenizer, template, section
         self.score_prompt = score_prompt  # of pairs: what the objective asks for
         self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)
         self.policy = MaskPolicy(
@@ -75,6 +76,11 @@ class Encoder:
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.escaped = 0  # control strings of content that were neutralised
         self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process as what it was made of; its counts begin anew there."""
+        make = partial(Encoder, score_prompt=self.score_prompt)
+        return make, (self.tokenizer, self.template, self._section, self._given_stops)
 
     @property
     def masker(self) -> Masker:

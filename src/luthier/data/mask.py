@@ -181,7 +181,7 @@ class Masker:
         controls = self.vocabulary.controls(encoded)
         if self.policy.injection == "allow" or not len(controls):
             return encoded, 0
-        drop = [i for i in found.inside(encoded, controls) if self._is_foreign(encoded, i, found, chat)]
+        drop = [i for i in found.inside(encoded, controls.tolist()) if self._is_foreign(encoded, i, found, chat)]
         if not drop:
             return encoded, 0
         if self.policy.injection == "error":

@@ -24,9 +24,9 @@ from jinja2.utils import Namespace
 _DICT = frozenset(dir(dict))
 _TEXT = frozenset(
     [
-        "startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "replace", "removeprefix",
-        "removesuffix", "lower", "upper", "title", "capitalize", "find", "rfind", "index", "count", "partition",
-        "rpartition", "isdigit", "isalpha", "isspace",
+        "startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "replace",
+        "removeprefix", "removesuffix", "lower", "upper", "title", "capitalize", "find", "rfind", "index", "count",
+        "partition", "rpartition", "isdigit", "isalpha", "isspace",
     ]
 )  # fmt: skip
 _LOOP = frozenset(["first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"])
@@ -52,7 +52,7 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
                 return value
         return super().getattr(obj, attribute)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - jinja's own names
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ in _TEXT:
             kwargs.pop("_loop_vars", None)  # jinja's own, for callables that ask for the context
             kwargs.pop("_block_vars", None)

@@ -78,6 +78,10 @@ class Template:
         compiled = [_compile(text, self.name, self.now) for text in (self.text, self.tool_use) if text is not None]
         object.__setattr__(self, "_compiled", compiled)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process as text; it is compiled there."""
+        return Template, (self.text, dict(self.special), self.name, self.tool_use, dict(self.variables), self.now)
+
     @property
     def texts(self) -> tuple[str, ...]:
         return (self.text,) if self.tool_use is None else (self.text, self.tool_use)

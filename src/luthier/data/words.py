@@ -7,8 +7,8 @@ library's own model, and looked up ever after:
     text  --added tokens-->  sections  --regular expression-->  words  --table-->  ids
 
 The second step is where another regular expression engine could differ, so it is taken here only for plain ASCII, for
-which `\\p{L}`, `\\p{N}` and `\\s` are fixed sets of letters. A section with other letters is first cut before each space
-that stands between visible ASCII letters: no word of these tokenizers goes on behind a visible letter over a space.
+which `\\p{L}`, `\\p{N}` and `\\s` are fixed sets. A section with other letters is first cut before each space that
+stands between visible ASCII letters: no word of these tokenizers goes on behind a visible letter over a space.
 The pieces with other letters then go to the library (without offsets, which cost it half as much again).
 `quick_words` gives None for every tokenizer that does anything beyond the three steps (dropout, a normalizer other than
 NFC, added tokens that strip), and where its ids differ from the library's on a text of all short sequences of kinds of
@@ -35,7 +35,8 @@ from tokenizers.normalizers import NFC
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CLASSES = {"L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": "", "N": "0-9", "Nd": "0-9"}
-_KNOWN = re.compile(r"(?:\\p\{(?:%s)\}|\\[sSrnt]|\(\?(?:i?:|!)|[ \[\]^|+*?(){},.'/\-0-9A-Za-z])+" % "|".join(_CLASSES))
+_CLASS = rf"\\p\{{(?:{'|'.join(_CLASSES)})\}}"
+_KNOWN = re.compile(rf"(?:{_CLASS}|\\[sSrnt]|\(\?(?:i?:|!)|[ \[\]^|+*?(){{}},.'/\-0-9A-Za-z])+")
 _PROBES = (("aZ7 \n\r\t'.s_<\x1cé中", 3), ("a7 \n.'’", 4))  # letters, and how many of them in a row
 _MOST_WORDS = 1 << 18  # the table is begun anew above; about 50 MB
 _MOST_PIECES, _LONGEST_PIECE = 1 << 16, 48
@@ -257,7 +258,7 @@ def _agrees(made: QuickWords) -> bool:
 
 def _composed(text: str) -> bool:
     """NFC already, by any version of Unicode: letters beyond the basic plane count only among emoji."""
-    return unicodedata.is_normalized("NFC", text) and all(c < "\U00010000" or "\U0001f000" <= c for c in set(text))
+    return unicodedata.is_normalized("NFC", text) and all(c < "\U00010000" or c >= "\U0001f000" for c in set(text))
 
 
 def _shown() -> dict[int, str]:

@@ -110,6 +110,14 @@ class DataSection(Section):
         "forest", "forest packs rows without padding and without contamination; none runs each row alone (slow)."
     )
     mask: MaskSection = _field(MaskSection(), "Which tokens are trained.")
+    workers: Literal["auto"] | Annotated[int, Strict(), Field(ge=0, le=512)] = _field(
+        "auto", "Processes that encode rows; auto: one for each 16 MiB of files, at most one a core; 0: the run's own.",
+        unit="processes",
+    )  # fmt: skip
+    cache: Literal["auto", "off"] | Annotated[float, Strict(), Field(gt=0)] = _field(
+        "auto", "Keep encoded rows for later runs: auto from 4 MiB on, in a tenth of the disk; a number: all, in that.",
+        unit="GiB",
+    )  # fmt: skip
     bad_rows: Literal["strict", "quarantine"] = _field(
         "strict", "strict stops at rows that cannot be read; quarantine writes them to rejects.jsonl and goes on."
     )
