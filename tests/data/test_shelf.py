@@ -64,7 +64,7 @@ def test_rows_choose_order_and_number() -> None:
     rows = Rows(columns_of(made).shelf(), np.array([2, 0, 0]), first=7)
     assert [(row.id, row.source.line) for row in rows] == [(7, 3), (8, 1), (9, 1)]
     assert rows[-1].id == 9 and [row.id for row in rows[1:]] == [8, 9] and len(rows) == 3
-    assert list(reversed(rows))[0].id == 9
+    assert next(reversed(rows)).id == 9
     with pytest.raises(IndexError):
         rows[3]
     with pytest.raises(ValueError, match="read-only"):
