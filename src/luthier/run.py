@@ -30,8 +30,8 @@ from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import prepare
 from luthier.data.show import shown
 from luthier.data.stream import Stream, StreamSpec
-from luthier.engine.durable import replace_text, unwritable
-from luthier.engine.lock import hold
+from luthier.disk.durable import replace_text, unwritable
+from luthier.disk.lock import hold
 from luthier.engine.loop import train as train_steps
 from luthier.engine.resume import enter, template_date
 from luthier.engine.tensorboard import TensorBoard
