@@ -106,7 +106,7 @@ class Room:
     offline: bool = False  # no endpoint may be asked: what is not cached is an error
 
 
-class Step(ABC):
+class Step:
     """A frozen dataclass whose fields are the step's section. `data/steps/NAME.py` holds one."""
 
     one_process: ClassVar[bool] = False  # the work is not shared among processes (an endpoint, a model with threads)
@@ -116,7 +116,7 @@ class Step(ABC):
         return ()
 
 
-class RowStep(Step):
+class RowStep(Step, ABC):
     """Looks at each row by itself."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class RowStep(Step):
         """The function that does it; opened once in each process, so this is where an index or a model is loaded."""
 
 
-class SetStep(Step):
+class SetStep(Step, ABC):
     """Looks at the whole set."""
 
     @abstractmethod
