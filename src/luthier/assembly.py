@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier.building import as_source, built_rows
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.event import Event
@@ -237,14 +238,17 @@ def preparing_rows(
 ) -> Generator[Event, None, Prepared]:
     """`prepared_rows`, telling how far it is."""
     objective: Objective = resolve.build("objectives", recipe.objective)
-    section = data_section(recipe)
+    section, built = data_section(recipe), None
     if stage is not None:
         section = section.model_copy(update={"train": stage, "eval": None})
-    return (
-        yield from preparing(
-            section, encoder, seed=recipe.train.seed, kinds=objective.records, objective=str(recipe.objective["name"])
-        )
+    elif section.steps:
+        built = built_rows(recipe)
+        section = section.model_copy(update={"train": as_source(built), "steps": ()})
+    prepared = yield from preparing(
+        section, encoder, seed=recipe.train.seed, kinds=objective.records, objective=str(recipe.objective["name"])
     )
+    prepared.ledger.build = built.ledger if built else None
+    return prepared
 
 
 def data_section(recipe: Recipe) -> DataSection:
