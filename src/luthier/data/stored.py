@@ -25,6 +25,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.disk.durable import sync_directory
+
 _HEADER = 128  # bytes of a .npy header of one dimension
 MAKING = ".making"
 
@@ -83,7 +85,7 @@ class Making:
             file.write(_json({"files": entries, "facts": facts}))
             file.flush()
             os.fsync(file.fileno())
-        _sync(self.directory)
+        sync_directory(self.directory)
 
     def settle(self, place: Path) -> None:
         """Into its place; where another was faster, with the same, ours goes."""
@@ -93,7 +95,7 @@ class Making:
             if not place.is_dir():
                 raise
             shutil.rmtree(self.directory, ignore_errors=True)
-        _sync(place.parent)
+        sync_directory(place.parent)
 
     def discard(self) -> None:
         for file in self._open.values():
@@ -158,11 +160,3 @@ def _header(dtype: np.dtype[Any], length: int) -> bytes:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=True, sort_keys=True).encode()
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,6 +26,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,8 @@ class QuickWords:
             for number, section in enumerate(self._sections(text)):
                 if number % 2:
                     ids.append(self.added[section])
+                elif (known := self.pieces.get(section)) is not None:
+                    ids += known
                 elif section:
                     self._words(section, ids)
         except Uncovered:
@@ -103,11 +106,11 @@ class QuickWords:
             return None if text else (ids_T, ids_T, ids_T, False)
         size_T = self.lengths[ids_T]
         end_T = np.cumsum(size_T)
-        if size_T.min() < 0:
+        if (least := int(size_T.min())) < 0:
             return None
         start_T = end_T - size_T
         if text.isascii():
-            return (ids_T, start_T, end_T, bool(size_T.all())) if end_T[-1] == len(text) else None
+            return (ids_T, start_T, end_T, least > 0) if end_T[-1] == len(text) else None
         return self._characters(text, ids_T, start_T, end_T)
 
     def _sections(self, text: str) -> list[str]:
@@ -122,9 +125,7 @@ class QuickWords:
         return found
 
     def _words(self, section: str, ids: list[int]) -> None:
-        if section in self.pieces:
-            ids.extend(self.pieces[section])
-            return
+        """The ids of a text without added tokens, at the end of `ids`."""
         if section.isascii():
             words = self.split.findall(section)
             if "".join(words) != section:
@@ -199,7 +200,7 @@ def _split_of(backend: Tokenizer) -> re.Pattern[str] | None:
         return None
     if backend.pre_tokenizer is None:
         return None
-    described = json.loads(backend.pre_tokenizer.__getstate__())
+    described = json.loads(_described(backend))
     steps = described.get("pretokenizers") if described["type"] == "Sequence" else [described]
     if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
@@ -212,6 +213,12 @@ def _split_of(backend: Tokenizer) -> re.Pattern[str] | None:
         return None
     pattern = steps[0]["pattern"].get("Regex")
     return None if pattern is None else translated(pattern)
+
+
+def _described(backend: Tokenizer) -> str:
+    """The step that cuts words, as JSON."""
+    state: bytes = backend.pre_tokenizer.__getstate__()
+    return state.decode()
 
 
 def translated(pattern: str) -> re.Pattern[str] | None:
@@ -247,13 +254,36 @@ def _lengths(backend: Tokenizer, added: dict[str, int]) -> np.ndarray:
 
 
 def _agrees(made: QuickWords) -> bool:
-    """Equal ids on every short sequence of kinds of letters (of those that the vocabulary has), and around tokens."""
-    text = "é\u2028 中".join(made.added)
-    for letters, number in _PROBES:
-        have = [letter for letter in letters if made.encode(letter) is not None]
-        text += "".join(map("".join, itertools.product(have, repeat=number)))
+    """Equal words and ids on every short sequence of kinds of letters (that the vocabulary has), and around tokens."""
+    have = tuple("".join(one for one in letters if made.encode(one) is not None) for letters, _ in _PROBES)
+    if not _cuts_alike(_described(made.backend), made.split, have):
+        return False
+    text = _probe(have) + "é\u2028 中".join(made.added)
     found = made.encode(text)
     return found is not None and found[0].tolist() == made.backend.encode(text, add_special_tokens=False).ids
+
+
+def _probe(letters: tuple[str, ...]) -> str:
+    """Every sequence of so many of the letters."""
+    sizes = [number for _, number in _PROBES]
+    return "".join(
+        "".join(sequence)
+        for some, number in zip(letters, sizes, strict=True)
+        for sequence in itertools.product(some, repeat=number)
+    )
+
+
+@cache
+def _cuts_alike(described: str, split: re.Pattern[str], letters: tuple[str, ...]) -> bool:
+    """The same words, whatever is merged in them."""
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    cut = Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": json.loads(described)})).pre_tokenizer
+    text = _probe(letters)
+    ours: list[str] = []
+    for piece in _BORDER.split(text):
+        found = cut.pre_tokenize_str(piece) if not piece.isascii() else []
+        ours += [piece[a:b] for _, (a, b) in found] or split.findall(piece)
+    return ours == [text[a:b] for _, (a, b) in cut.pre_tokenize_str(text)]
 
 
 def _composed(text: str) -> bool:
