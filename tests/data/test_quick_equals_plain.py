@@ -88,7 +88,7 @@ def test_random_conversations(families: dict[str, Twins], name: str, turns: list
         {"role": role, "content": content} | ({"reasoning_content": thought} if thought[:1] == "a" else {})
         for role, content, thought in turns
     ]
-    families[name].compare(Chat(messages, Source("random.jsonl", 3)))
+    assert families[name].compare(Chat(messages, Source("random.jsonl", 3))) in ("masked", "refused")
 
 
 def _expressions() -> Iterator[str]:
