@@ -127,7 +127,8 @@ class Masker:
                 check_shown(form, found)
                 return form, found
             except (DataError, NotTraceable, NotProvable) as error:
-                failure = failure or error
+                if failure is None or _telling(error) > _telling(failure):
+                    failure = error
         assert failure is not None
         if isinstance(failure, DataError):
             raise DataError(
@@ -256,7 +257,8 @@ class Masker:
 
     def _check_stop(self, chat: Chat, encoded: Encoded, inside: np.ndarray, turn: Turn) -> None:
         """The last trained token that is not white space stops generation (a call may end with a token of its own)."""
-        calls = chat.messages[turn.message].get("tool_calls") or self.habits_or_none.tag
+        habits, calls = self.habits_or_none, chat.messages[turn.message].get("tool_calls")
+        stops = self.closers | (habits.openers if habits.tag else frozenset())
         if chat.messages[turn.message]["role"] != "assistant":
             return
         for i in np.flatnonzero(inside)[::-1]:
@@ -264,7 +266,7 @@ class Masker:
             if not token.strip():
                 continue
             name = self.vocabulary.names.get(int(encoded.ids_T[i]))
-            if name is None or (self.closers and name not in self.closers and not calls):
+            if name is None or (stops and name not in stops and not calls):
                 break
             return
         raise NotProvable(
@@ -280,9 +282,14 @@ class Masker:
         )  # fmt: skip
 
 
+def _telling(failure: Exception) -> int:
+    """How much a failure says: that a part is dropped says more than that one form of the row is not taken."""
+    return 2 if isinstance(failure, NotProvable) else 1 if isinstance(failure, NotTraceable) else 0
+
+
 _PROBE_TOOLS = (
     {"type": "function", "function": {"name": "probe", "description": "probe", "parameters": {
         "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
     }}},
 )  # fmt: skip
-_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", "")
+_NO_HABITS = Habits("", "", "", frozenset(), frozenset(), "", "")

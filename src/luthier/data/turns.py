@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -31,7 +31,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 _THINK = re.compile(
     r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
 )
-_USER, _ANSWER = "probe one", "probe two"
+_USER, _ANSWER, _RESULT = "probe one", "probe two", "probe result"
 
 
 class NotProvable(Exception):
@@ -48,6 +48,7 @@ class Habits:
 
     header: str  # what a generation prompt adds to a closed user turn
     lead: str  # what stands between that and a plain answer
+    shown: str  # the part of the header that stands before a plain answer
     openers: frozenset[str]  # control strings that begin a turn
     ends: frozenset[str]  # control strings that close an answer
     closing: str  # text appended where the last answer has no stop token; "" = never
@@ -134,9 +135,12 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     if seen and not names(last):
         found = next(controls.finditer(history))
         closing = history[len(common) : found.end()] if last == common else found.group()
+    agreed = atomic_prefix(texts.between, prompted, controls)
+    shown = texts.between[kept:agreed]
     return Habits(
         header=header,
-        lead=texts.between[atomic_prefix(texts.between, prompted, controls) :],
+        lead=texts.between[agreed:],
+        shown=shown if openers & set(names(shown)) else "",
         openers=frozenset(openers - ends),
         ends=frozenset(ends),
         closing=closing,
@@ -192,24 +196,25 @@ class TurnFinder:
         """Where what the model writes begins. `with_prompt`: also what the prompt supplies after the role header."""
         text = self.whole.text
         before, first, _, _ = self.bounds(index)
-        empty = not self.whole.of(index)
+        if not self.whole.of(index):
+            return self._empty_start(index, with_prompt)
         try:
             prompt = self.template.render(self.messages[:index], self.tools, True)
         except DataError:
             prompt = None
         if prompt is not None and not with_prompt and text.startswith(prompt) and before <= len(prompt) <= first:
-            return len(prompt) if empty else self._checked(index, len(prompt), first)
+            return self._checked(index, len(prompt), first)
         header = self._header(index, prompt)
         region = text[before:first]
-        if empty:
-            return before + self._empty_start(index, region, header)
         if header is not None:
             thought = _THINK.search(header)
             role = header[: thought.start()] if thought else header
             if with_prompt:
                 header = role
             shared = atomic_prefix(region, header, self.controls)
-            if shared >= len(role.rstrip()) or not region[shared:].strip():
+            left = _THINK.sub("", region[shared:]).strip()
+            shown = self.habits.shown and region[:shared].endswith(self.habits.shown)
+            if shared >= len(role.rstrip()) or not left or shown:
                 return self._checked(index, before + shared, first)
             aligned = _aligned(region, header) or _aligned(region, role)
             if aligned is not None:
@@ -221,14 +226,26 @@ class TurnFinder:
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
 
-    def _empty_start(self, index: int, region: str, header: str | None) -> int:
-        """An empty answer begins where its whole header ends; nothing less is taken."""
-        if header:
-            if region.startswith(header):
-                return len(header)
-            if (aligned := _aligned(region, header)) is not None:
-                return aligned
-        raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
+    def _empty_start(self, index: int, with_prompt: bool) -> int:
+        """An empty answer begins where it would with a word in it, if the text without the word is the same."""
+        filled: list[Message] = list(self.messages)
+        filled[index] = {**filled[index], "content": _ANSWER}
+        if any(isinstance(message.get("content"), list) for message in self.messages):
+            filled[index] = in_parts([filled[index]])[0]
+        try:
+            whole = trace(self.template, filled, self.tools)
+        except (DataError, NotTraceable):
+            whole = None
+        if whole is not None and (own := whole.of(index)):
+            start = replace(self, messages=filled, whole=whole).start(index, with_prompt=with_prompt)
+            rest = whole.text[start : own[0].start] + whole.text[own[-1].end :]
+            same = "".join(rest.split()) == "".join(self.whole.text[start:].split())
+            if same and whole.text[:start] == self.whole.text[:start]:
+                return start
+        raise NotProvable(
+            f"message {index} is empty, and its place in the rendered conversation cannot be shown",
+            "fill it in, or take the row out",
+        )
 
     def _header(self, index: int, prompt: str | None) -> str | None:
         """What the generation prompt has after its last piece of content."""
@@ -268,13 +285,15 @@ class TurnFinder:
                 break
             closer = found.end()
         else:
-            if after == len(text) and self.habits.closing:
-                return len(text), self.habits.closing
+            if after == len(text) and (added := self._added_end(index)) is not None:
+                return added
             closer = None
         if self.habits.tag:
             closer = self._tag_end(index, last, after)
         elif not self.messages[index].get("tool_calls"):
             closer = None  # only a call may end otherwise than an answer: <|eom_id|>, <|call|>
+        elif closer is None:
+            closer = self._call_end(index, last, after)
         if closer is not None:
             return closer, ""
         if not required:
@@ -284,14 +303,51 @@ class TurnFinder:
             "write {{ eos_token }} after the assistant's content in model.chat_template",
         )
 
-    def _tag_end(self, index: int, last: int, after: int) -> int | None:
-        """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+    def _added_end(self, index: int) -> tuple[int, str] | None:
+        """The end of a turn that ends the text without a stop token: a call ends as it does before its result."""
+        text = self.whole.text
+        if self.messages[index].get("tool_calls"):
+            result = {"role": "tool", "content": _RESULT}
+            call = self.messages[index]["tool_calls"][0]
+            result |= {"tool_call_id": call["id"]} if "id" in call else {}
+            name = (call.get("function") or {}).get("name")
+            messages = [*self.messages, result | ({"name": name} if name else {})]
+            try:
+                whole = trace(self.template, messages, self.tools)
+                if whole.text.startswith(text):
+                    end, _ = replace(self, messages=messages, whole=whole).end(index)
+                    return min(end, len(text)), whole.text[len(text) : end]
+            except (DataError, NotTraceable, NotProvable):
+                pass
+            if self.habits.tag:
+                return None
+        return (len(text), self.habits.closing) if self.habits.closing else None
+
+    def _alone_tail(self, index: int, last: int) -> str | None:
+        """What follows the content of a turn where the conversation ends with it."""
         try:
             alone = trace(self.template, self.messages[: index + 1], self.tools)
         except (DataError, NotTraceable):
             return None
         own = alone.of(index)
-        tail = alone.text[max(span.end for span in own) :] if own else ""
+        if own:
+            return alone.text[max(span.end for span in own) :]
+        return alone.text[last:] if alone.text[:last] == self.whole.text[:last] else None
+
+    def _call_end(self, index: int, last: int, after: int) -> int | None:
+        """The end of the last control string that a call prints whether or not its result follows."""
+        tail = self._alone_tail(index, last)
+        if tail is None:
+            return None
+        region = self.whole.text[last:after]
+        both = region[: atomic_prefix(region, tail, self.controls)]
+        return max((last + found.end() for found in self.controls.finditer(both)), default=None)
+
+    def _tag_end(self, index: int, last: int, after: int) -> int | None:
+        """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+        tail = self._alone_tail(index, last)
+        if tail is None:
+            return None
         for found in self.controls.finditer(tail):
             if found.group() in self.habits.ends or found.group() in self.stops:  # only a last answer has it
                 tail = tail[: found.start()]
