@@ -26,6 +26,7 @@ from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Reco
 from luthier.data import pairs
 from luthier.data.ledger import Dropped
 from luthier.data.mask import Masked, Masker
+from luthier.data.overrides import overridden
 from luthier.data.policy import MaskPolicy, message_weights
 from luthier.data.template import Template
 from luthier.data.tokens import check_atomic
@@ -60,6 +61,7 @@ class Encoder:
         self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = (), *,
         score_prompt: bool = False,
     ) -> None:  # fmt: skip
+        template = template and overridden(template)
         self.tokenizer, self.template = tokenizer, template
         self.score_prompt = score_prompt  # of pairs: what the objective asks for
         self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)

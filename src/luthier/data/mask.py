@@ -26,6 +26,7 @@ import numpy as np
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
+from luthier.data.advice import PROBE_TOOLS, advice
 from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
 from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, unshown
 from luthier.data.provenance import NotTraceable, Trace, trace
@@ -72,7 +73,7 @@ class Masker:
     def habits(self) -> Habits:
         """Learned on first use, with a tool where the template wants one; NotProvable where it cannot be followed."""
         failure: NotProvable | None = None
-        for tools in (None, _PROBE_TOOLS):
+        for tools in (None, PROBE_TOOLS):
             try:
                 return learn(self.template, self.vocabulary.pattern, self.stops, tools)
             except NotProvable as error:
@@ -133,7 +134,7 @@ class Masker:
         if isinstance(failure, DataError):
             raise DataError(
                 failure.what, where=f"{chat.source} ({self.template.name})", value=failure.value,
-                remedy=failure.remedy,
+                remedy=advice(self.template, chat) or failure.remedy,
             ) from None  # fmt: skip
         raise failure
 
@@ -287,9 +288,4 @@ def _telling(failure: Exception) -> int:
     return 2 if isinstance(failure, NotProvable) else 1 if isinstance(failure, NotTraceable) else 0
 
 
-_PROBE_TOOLS = (
-    {"type": "function", "function": {"name": "probe", "description": "probe", "parameters": {
-        "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
-    }}},
-)  # fmt: skip
 _NO_HABITS = Habits("", "", "", frozenset(), frozenset(), "", "")

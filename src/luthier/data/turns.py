@@ -85,12 +85,12 @@ def learn(template: Template, controls: re.Pattern[str], stops: Collection[str],
     user = {"role": "user", "content": _USER}
     answer = {"role": "assistant", "content": _ANSWER}
     try:
-        first, asked = _around(template, [user], tools, prompt=False)
-        between, last = _around(template, [user, answer], tools, prompt=False)
+        first, asked = around(template, [user], tools, prompt=False)
+        between, last = around(template, [user, answer], tools, prompt=False)
         texts = _Texts(
             first=first, asked=asked, between=between, last=last,
-            prompted=_around(template, [user], tools, prompt=True)[1],
-            history=_around(template, [user, answer, user], tools, prompt=False)[0],
+            prompted=around(template, [user], tools, prompt=True)[1],
+            history=around(template, [user, answer, user], tools, prompt=False)[0],
         )  # fmt: skip
     except (NotTraceable, DataError) as error:
         reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
@@ -148,7 +148,7 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     )
 
 
-def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
+def around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
     """Text between the last two pieces of content (or before the only one), and after the last."""
     failure: Exception | None = None
     for shown in (messages, in_parts(messages)):
