@@ -360,7 +360,7 @@ class TurnFinder:
 
 
 def _aligned(region: str, header: str) -> int | None:
-    """Where `header` ends in `region` if the region begins with it but for white space."""
+    """Where `header` ends in `region` if the region begins with it but for white space between its parts."""
     wanted = "".join(header.split())
     if not wanted:
         return None
@@ -372,5 +372,5 @@ def _aligned(region: str, header: str) -> int | None:
             return None
         at += 1
         if at == len(wanted):
-            return position + 1
+            return position + 1 + _common(region[position + 1 :], header[len(header.rstrip()) :])
     return None
