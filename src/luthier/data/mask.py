@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Chat
+from luthier.contracts.record import Chat, Source
 from luthier.data.advice import PROBE_TOOLS, advice
 from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
 from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, unshown
@@ -95,10 +95,20 @@ class Masker:
         habits = self.habits_or_none
         return self.stops | habits.ends | ({habits.tag} if habits.tag else frozenset())
 
+    @cached_property
+    def call_ends(self) -> frozenset[str]:
+        """The control string that ends a tool call, seen on one; none where the template prints no calls."""
+        try:
+            masked = self.mask(_PROBE_CALL)
+        except DataError:
+            return frozenset()
+        trained = masked.encoded.ids_T[masked.weights_T > 0].tolist()
+        return frozenset([self.vocabulary.names[i] for i in trained if i in self.vocabulary.names][-1:])
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that generation must stop at: those given, and those that this mask trains as stops."""
-        return tuple(sorted(self.vocabulary.control[name] for name in self.closers))
+        return tuple(sorted(self.vocabulary.control[name] for name in self.closers | self.call_ends))
 
     def mask(self, chat: Chat) -> Masked:
         """Tokens and weights, or DataError with the row's place and the reason."""
@@ -288,4 +298,13 @@ def _telling(failure: Exception) -> int:
     return 2 if isinstance(failure, NotProvable) else 1 if isinstance(failure, NotTraceable) else 0
 
 
+_CALLED = {"type": "function", "id": "probe0001", "function": {"name": "probe", "arguments": {"probe": "one"}}}
+_PROBE_CALL = Chat(
+    (
+        {"role": "user", "content": "probe one"}, {"role": "assistant", "content": "", "tool_calls": [_CALLED]},
+        {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": "probe two"},
+        {"role": "assistant", "content": "probe three"},
+    ),
+    Source("probe", 1), PROBE_TOOLS, (0.0, 1.0, 0.0, 0.0),
+)  # fmt: skip
 _NO_HABITS = Habits("", "", "", frozenset(), frozenset(), "", "")
