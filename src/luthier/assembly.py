@@ -97,6 +97,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = prepared_rows(recipe, encoder)
+    notes += encoder.notes()
     loaded, trunk = _open(recipe, method, precision, device, objective.reads)
     if loaded.new_head:
         notes.append("the score head is new: it starts at random, from train.seed")

@@ -28,7 +28,7 @@ from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import prepare
-from luthier.data.show import shown
+from luthier.data.show import remarks, shown
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine.durable import replace_text, unwritable
 from luthier.engine.lock import hold
@@ -140,19 +140,27 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
-    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair."""
-    notes: list[str] = []
+def data_rows(recipe: Recipe, rows: int, notes: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair.
+
+    `notes`: gets what is to be said of all rows, before the first is given.
+    """
+    notes = [] if notes is None else notes
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
     prepared = prepared_rows(recipe, encoder)
+    notes += encoder.notes()
+    records = {record.source: record for record in prepared.train_records}
     for sample in islice(prepared.train, rows):
-        yield shown(sample, encoder.tokenizer)
+        yield shown(sample, encoder.tokenizer) | remarks(encoder, records.get(sample.source))
 
 
 def data_check(recipe: Recipe) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
-    encoder = encoder_of(recipe, load_text(recipe.model), [])
-    return prepared_rows(recipe, encoder).ledger
+    notes: list[str] = []
+    encoder = encoder_of(recipe, load_text(recipe.model), notes)
+    ledger = prepared_rows(recipe, encoder).ledger
+    ledger.notes += [*notes, *encoder.notes()]
+    return ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

@@ -76,7 +76,7 @@ class Encoder:
             self._masker = Masker(template, tokenizer, self.policy, stop_ids)
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.escaped = 0  # control strings of content that were neutralised
-        self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
+        self.reasoned = self.unshown_reasoning = 0  # trained answers with reasoning; those whose text leaves it out
 
     @property
     def masker(self) -> Masker:
@@ -93,6 +93,32 @@ class Encoder:
         learned = self._masker.stop_ids if self._masker is not None else ()
         eos = () if self.vocabulary.eos_id is None else (self.vocabulary.eos_id,)
         return tuple(dict.fromkeys([*self._given_stops, *eos, *learned]))
+
+    def notes(self) -> list[str]:
+        """What people should know of the rows encoded so far: the override in force, reasoning that is not trained."""
+        said = []
+        if self.template is not None and self.template.override:
+            said.append(f"chat template {self.template.name} was mended ({self.template.override})")
+        if self._masker is not None and self._masker.template is not self.template:
+            shown = ", ".join(f"{name}: {value}" for name, value in self._masker.template.variables.items())
+            said.append(
+                f"data.mask.thinking: keep_all renders the chat template with {shown}; an inference engine of another "
+                "house must be told the same (chat_template_kwargs)"
+            )
+        if self.unshown_reasoning:
+            said.append(
+                f"the chat template leaves out the reasoning of {self.unshown_reasoning} of {self.reasoned} trained "
+                f"answers that have some: {self._reasoning_remedy()}"
+            )
+        return said
+
+    def _reasoning_remedy(self) -> str:
+        if self.policy.thinking == "as_template":
+            return (
+                "data.mask.thinking: split trains each answer as the last one, where most templates keep it; keep_all "
+                "asks the template to keep it everywhere"
+            )
+        return "it prints none, even in the last answer; put it into the content, or name another model.chat_template"
 
     def samples(self, record: Record) -> list[Sample]:
         """The samples of a record: one, or several for `overlong: split` and `thinking: split`.
@@ -173,12 +199,12 @@ class Encoder:
 
     def _rows(self, record: Chat | Completion | Text) -> list[Row]:
         if isinstance(record, Chat):
-            return [self._chat(one) for one in self._per_answer(record)]
+            return [self._chat(one) for one in self.per_answer(record)]
         if isinstance(record, Completion):
             return [self._completion(record)]
         return [self._text(record)]
 
-    def _per_answer(self, chat: Chat) -> list[Chat]:
+    def per_answer(self, chat: Chat) -> list[Chat]:
         """`thinking: split`: one conversation per trained answer, ending with it; else the conversation itself."""
         if self.policy.thinking != "split":
             return [chat]
@@ -193,7 +219,8 @@ class Encoder:
     def _chat(self, chat: Chat) -> Row:
         masked = self.masker.mask(chat)
         self.escaped += masked.escaped
-        self.unshown_reasoning += masked.unshown_reasoning
+        self.reasoned += len(masked.reasoned)
+        self.unshown_reasoning += len(masked.unshown)
         encoded = masked.encoded
         cuts = []
         for turn in masked.turns:

@@ -72,6 +72,7 @@ class Ledger:
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
+    notes: list[str] = field(default_factory=list)  # what people should know of how the rows were encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -115,6 +116,7 @@ class Ledger:
             **{name: self.total(name) for name in names},
             "reasons": self.reasons,
             "evaluation_rows_also_in_training": self.leaked,
+            "notes": self.notes,
             "files": [
                 {
                     "file": account.file,
@@ -141,4 +143,5 @@ class Ledger:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

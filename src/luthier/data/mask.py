@@ -17,7 +17,7 @@ A template with markers is taken at its word: its author says what trains, `trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,18 +27,14 @@ import numpy as np
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.advice import PROBE_TOOLS, advice
+from luthier.data.kept import keeping
 from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
-from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, unshown
+from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, reasoned, unshown
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template
 from luthier.data.tokens import not_atomic
 from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
-
-_KEEP_REASONING: tuple[Mapping[str, Any], ...] = (
-    {"preserve_thinking": True}, {"keep_past_thinking": True}, {"clear_thinking": False},
-    {"truncate_history_thinking": False},
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +45,16 @@ class Masked:
     weights_T: np.ndarray
     turns: tuple[Turn, ...]
     escaped: int = 0  # control strings of the content that were neutralised
-    unshown_reasoning: int = 0  # answers whose reasoning the template leaves out
+    reasoned: frozenset[int] = frozenset()  # trained messages that have reasoning
+    unshown: frozenset[int] = frozenset()  # those of them whose reasoning the template leaves out
 
     @property
     def text(self) -> str:
         return self.encoded.text
+
+    @property
+    def unshown_reasoning(self) -> int:
+        return len(self.unshown)
 
 
 class Masker:
@@ -62,7 +63,8 @@ class Masker:
     def __init__(
         self, template: Template, tokenizer: Any, policy: MaskPolicy | None = None, stop_ids: Sequence[int] = ()
     ) -> None:
-        self.template, self.policy = template, policy or MaskPolicy()
+        self.policy = policy or MaskPolicy()
+        self.template = keeping(template) if self.policy.thinking == "keep_all" else template
         self.vocabulary = Vocabulary(tokenizer, template.control_strings())
         self.tokenizer = tokenizer
         names = self.vocabulary.names
@@ -125,14 +127,13 @@ class Masker:
                 error.token,
             ) from None  # fmt: skip
 
-    def trace(self, chat: Chat, *, prompt: bool = False, **variables: Any) -> tuple[Chat, Trace]:
+    def trace(self, chat: Chat, *, prompt: bool = False) -> tuple[Chat, Trace]:
         """The conversation in the form that the template takes, and its trace."""
-        template = replace(self.template, variables={**self.template.variables, **variables}) if variables else None
         failure: Exception | None = None
         for form in forms(chat):
             try:
                 found = trace(
-                    template or self.template, form.messages, form.tools,
+                    self.template, form.messages, form.tools,
                     add_generation_prompt=prompt, controls=self.vocabulary.pattern,
                 )  # fmt: skip
                 check_shown(form, found)
@@ -157,6 +158,10 @@ class Masker:
         )  # fmt: skip
         if self.template.has_markers:
             turns, closing = self._marked_turns(chat, found, weights), ""
+            others = [0.0 if m["role"] == "assistant" else w for m, w in zip(chat.messages, weights, strict=True)]
+            if any(others):  # markers tell of answers only
+                finder = replace(finder, habits=self.habits_or_none)
+                turns = sorted([*turns, *self._derived_turns(finder, chat, others)[0]], key=lambda turn: turn.start)
         else:
             turns, closing = self._derived_turns(finder, chat, weights)
         check_turns(chat, found, turns)
@@ -168,19 +173,17 @@ class Masker:
             self._check_stop(chat, encoded, inside, turn)
         if len(weights_T):
             weights_T[0] = 0.0
-        return Masked(encoded, weights_T, tuple(turns), escaped, unshown(chat, found))
+        thought = [frozenset(i for i in which if weights[i]) for which in (reasoned(found), unshown(found))]
+        return Masked(encoded, weights_T, tuple(turns), escaped, *thought)
 
     def _traced(self, chat: Chat) -> tuple[Chat, Trace]:
-        if self.policy.thinking != "keep_all":
-            return self.trace(chat)
         form, found = self.trace(chat)
-        for variables in _KEEP_REASONING:
-            if not unshown(form, found):
-                break
-            form, found = self.trace(chat, **variables)
-        if unshown(form, found):
+        if self.policy.thinking == "keep_all" and (lost := unshown(found)):
             raise NotProvable(
-                "the template leaves out the reasoning of earlier answers", "data.mask.thinking: split | as_template"
+                f"the template leaves out the reasoning of message {min(lost)}, which keep_all asks for",
+                "write it into the content as <think>…</think>, or data.mask.thinking: as_template, which leaves it out"
+                if max(lost) == max(reasoned(found))  # not even the last answer keeps it
+                else "data.mask.thinking: split | as_template",
             )
         return form, found
 
