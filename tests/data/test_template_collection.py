@@ -47,7 +47,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 # what the collection of 108 gave when this was written; a smaller count is a lost family
-PROVEN = {"plain": 99, "system": 93, "think": 98, "unicode": 99, "injection": 99, "empty": 86, "tools": 44}
+PROVEN = {"plain": 99, "system": 93, "think": 99, "unicode": 99, "injection": 99, "empty": 97, "tools": 45}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_every_mask_is_proven_or_refused_by_name(masked: dict[tuple[str, str], t
         assert masker.tokenizer.decode(ids) == found.encoded.text
     print(dict(counts), *reasons.most_common(), sep="\n")
     if len({stem for stem, _ in masked}) >= 108:
-        assert {name: counts[name] for name in PROVEN} == PROVEN
+        assert all(counts[name] >= least for name, least in PROVEN.items()), counts
         assert counts["reasoning"] >= 99
 
 

@@ -31,7 +31,7 @@ from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, 
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template
 from luthier.data.tokens import not_atomic
-from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
+from luthier.data.turns import THINK, Habits, NotProvable, TurnFinder, learn
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
 _KEEP_REASONING: tuple[Mapping[str, Any], ...] = (
@@ -127,7 +127,8 @@ class Masker:
                 check_shown(form, found)
                 return form, found
             except (DataError, NotTraceable, NotProvable) as error:
-                failure = failure or error
+                if failure is None or (isinstance(failure, DataError) and not isinstance(error, DataError)):
+                    failure = error  # the first of those that got farthest says most
         assert failure is not None
         if isinstance(failure, DataError):
             raise DataError(
@@ -264,7 +265,9 @@ class Masker:
             if not token.strip():
                 continue
             name = self.vocabulary.names.get(int(encoded.ids_T[i]))
-            if name is None or (self.closers and name not in self.closers and not calls):
+            if name is None or THINK.fullmatch(name):
+                break
+            if self.closers and name not in self.closers and not calls:
                 break
             return
         raise NotProvable(
@@ -285,4 +288,4 @@ _PROBE_TOOLS = (
         "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
     }}},
 )  # fmt: skip
-_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", "")
+_NO_HABITS = Habits("", "", "", frozenset(), frozenset(), "", "")

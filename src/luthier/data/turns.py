@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -28,7 +28,7 @@ from luthier.data.template import Template, in_parts
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
-_THINK = re.compile(
+THINK = re.compile(
     r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
 )
 _USER, _ANSWER = "probe one", "probe two"
@@ -48,6 +48,7 @@ class Habits:
 
     header: str  # what a generation prompt adds to a closed user turn
     lead: str  # what stands between that and a plain answer
+    role: str  # the part of the header that a plain answer has too, where nothing else stands before it; "" = none
     openers: frozenset[str]  # control strings that begin a turn
     ends: frozenset[str]  # control strings that close an answer
     closing: str  # text appended where the last answer has no stop token; "" = never
@@ -134,9 +135,12 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     if seen and not names(last):
         found = next(controls.finditer(history))
         closing = history[len(common) : found.end()] if last == common else found.group()
+    met = atomic_prefix(texts.between, prompted, controls)
+    lead = texts.between[max(met, _aligned(texts.between, prompted) or 0) :]
     return Habits(
         header=header,
-        lead=texts.between[atomic_prefix(texts.between, prompted, controls) :],
+        lead=lead,
+        role="" if THINK.sub("", lead).strip() else prompted[kept:met],
         openers=frozenset(openers - ends),
         ends=frozenset(ends),
         closing=closing,
@@ -202,16 +206,16 @@ class TurnFinder:
         header = self._header(index, prompt)
         region = text[before:first]
         if empty:
-            return before + self._empty_start(index, region, header)
+            return self._empty_start(index, before, region, header)
         if header is not None:
-            thought = _THINK.search(header)
-            role = header[: thought.start()] if thought else header
+            role = self._role(header)
             if with_prompt:
                 header = role
-            shared = atomic_prefix(region, header, self.controls)
+            shared, aligned = atomic_prefix(region, header, self.controls), _aligned(region, header)
             if shared >= len(role.rstrip()) or not region[shared:].strip():
-                return self._checked(index, before + shared, first)
-            aligned = _aligned(region, header) or _aligned(region, role)
+                self._check_prompt(index, header[shared:])
+                return self._checked(index, before + max(shared, aligned or 0), first)
+            aligned = aligned or _aligned(region, role)
             if aligned is not None:
                 return self._checked(index, before + aligned, first)
         known = self.habits.header.strip()
@@ -221,13 +225,37 @@ class TurnFinder:
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
 
-    def _empty_start(self, index: int, region: str, header: str | None) -> int:
-        """An empty answer begins where its whole header ends; nothing less is taken."""
+    def _check_prompt(self, index: int, rest: str) -> None:
+        """What only the prompt has, and not the row, must not end a turn: then inference is not what was trained."""
+        for name in self.controls.findall(rest):
+            if name in self.habits.ends or name in self.stops:
+                raise NotProvable(f"the generation prompt before message {index} has {name}, which the row has not")
+
+    def _role(self, header: str) -> str:
+        """The part of a header that an answer must begin with: up to its thinking marks, or what plain answers share."""
+        thought = THINK.search(header)
+        role = header[: thought.start()] if thought else header
+        at = role.rfind(self.habits.role) if self.habits.role.strip() else -1
+        return role if at < 0 else role[: at + len(self.habits.role)]
+
+    def _empty_start(self, index: int, before: int, region: str, header: str | None) -> int:
+        """An empty answer begins where its whole header ends, or where one that is not empty would begin."""
         if header:
             if region.startswith(header):
-                return len(header)
+                return before + len(header)
             if (aligned := _aligned(region, header)) is not None:
-                return aligned
+                return before + aligned
+        message = self.messages[index]
+        if message.get("content") == "" and not message.get("tool_calls"):
+            filled = [*self.messages[:index], {**message, "content": _ANSWER}, *self.messages[index + 1 :]]
+            try:
+                found = trace(self.template, filled, self.tools)
+            except (DataError, NotTraceable):
+                found = None
+            own = found.of(index) if found else []
+            if found and len(own) == 1:  # without its content the text is this one, so the place is shown
+                if found.text[: own[0].start] + found.text[own[0].end :] == self.whole.text:
+                    return replace(self, messages=filled, whole=found).start(index)
         raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
 
     def _header(self, index: int, prompt: str | None) -> str | None:
@@ -246,7 +274,7 @@ class TurnFinder:
         for name in self.controls.findall(rest):
             if name in self.habits.openers:
                 raise NotProvable(f"the turn header {name} before message {index} would be trained")
-        if not self.habits.header and _THINK.sub("", self.habits.lead).strip():
+        if not self.habits.header and THINK.sub("", self.habits.lead).strip():
             raise NotProvable(
                 "the template has no generation prompt, so what inference supplies is not known",
                 "add {% if add_generation_prompt %} to the template",
@@ -286,6 +314,8 @@ class TurnFinder:
 
     def _tag_end(self, index: int, last: int, after: int) -> int | None:
         """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+        if not self.whole.of(index):
+            return self._empty_end(last, after)
         try:
             alone = trace(self.template, self.messages[: index + 1], self.tools)
         except (DataError, NotTraceable):
@@ -301,6 +331,16 @@ class TurnFinder:
         tag = self.controls.search(self.whole.text, last + len(tail), after)
         between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
         return tag.end() if tag and not between.strip() else None
+
+    def _empty_end(self, last: int, after: int) -> int | None:
+        """The end of the tag after an empty answer, with nothing but thinking marks and white space before it."""
+        for found in self.controls.finditer(self.whole.text, last, after):
+            if THINK.fullmatch(found.group()):
+                continue
+            known = found.group() in {*self.habits.openers, *self.habits.ends, self.habits.tag}
+            blank = not THINK.sub("", self.whole.text[last : found.start()]).strip()
+            return found.end() if known and blank else None
+        return None
 
 
 def _aligned(region: str, header: str) -> int | None:
