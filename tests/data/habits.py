@@ -44,8 +44,8 @@ LINE_IF_ANY = (
 )
 # the prompt supplies the closed thought, with other white space than the rows have
 SPACED = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}   <｜Assistant｜> "
-    "   </think>  {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}   "
+    "<｜Assistant｜>    </think>  {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} <｜Assistant｜></think>{% endif %}"
 )
 # no add_generation_prompt: the header follows whenever a question comes last; the last answer has no end
@@ -82,6 +82,13 @@ ENVELOPE = (
     "<|RESPONSE_END|>{% else %}{{ m.content }}{% endif %}<|TURN_END|>{% endfor %}"
     "{% if add_generation_prompt %}<|TURN|><|assistant|>{% endif %}"
 )
+# each text in an envelope, every turn with an end of its own
+NESTED = (
+    "{% for m in messages %}<|TURN|><|{{ m.role }}|><|TEXT|>{{ m.content }}<|TEXT_END|><|TURN_END|>{% endfor %}"
+    "{% if add_generation_prompt %}<|TURN|><|assistant|>{% endif %}"
+)
+# asks for an answer whether or not it is told to
+ALWAYS_ASKS = CHATML.split("{% if add")[0] + "{{ '<|im_start|>assistant\\n' }}"
 # eos in the prompt's header, as the token after the role
 EOS_OPENS = (
     "{% for m in messages %}{% if m.role == 'user' %}Human: {{ m.content }}\n\nAssistant: {{ eos_token }}{% else %}"
@@ -143,6 +150,9 @@ HABITS: dict[str, tuple[str, str, list[str]]] = {
     "envelope": (
         ENVELOPE, "plain", [f"<|RESPONSE|>{n}.<|RESPONSE_END|><|TURN_END|>" for n in ("One", "Two")],
     ),
+    "nested": (NESTED, "plain", [f"<|TEXT|>{n}.<|TEXT_END|><|TURN_END|>" for n in ("One", "Two")]),
+    "nested, empty": (NESTED, "empty", ["<|TEXT|><|TEXT_END|><|TURN_END|>", "<|TEXT|>Two.<|TEXT_END|><|TURN_END|>"]),
+    "always asks": (ALWAYS_ASKS, "plain", ["One.<|im_end|>", "Two.<|im_end|>"]),
     "eos opens": (EOS_OPENS, "plain", ["One.<EOS>", "Two.<EOS>"]),
     "dated": (DATED, "plain", ["One.<|close|>", "Two.<|close|>"]),
     "dated, empty": (DATED, "empty", ["<|close|>", "Two.<|close|>"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from luthier.data.template import Template
 
 
 def masker(text: str, name: str) -> Masker:
-    made = Template(text, STRINGS, name, now=datetime(2024, 5, 6))
+    made = Template(text, STRINGS, name, now=datetime(2024, 5, 6, tzinfo=UTC))
     tokenizer = tokenizer_for(made)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in EXTRA.get(name, ())])
     return Masker(made, tokenizer)

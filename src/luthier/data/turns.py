@@ -115,7 +115,9 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     names = controls.findall
     kept = atomic_prefix(asked, prompted, controls)
     common = history[: atomic_prefix(history, last, controls)]
-    closer = names(asked[:kept])[:1]
+    closers = names(asked[:kept])
+    nested = kept < len(prompted) and names(common)[: len(closers)] == closers  # <|END_TEXT|><|END_OF_TURN_TOKEN|>
+    closer = closers[-1:] if nested else closers[:1]
     ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
     ends = ends or set(names(common)[-1:])
     if not ends:  # the last turn ends otherwise than the others, or without a token
@@ -232,7 +234,7 @@ class TurnFinder:
                 raise NotProvable(f"the generation prompt before message {index} has {name}, which the row has not")
 
     def _role(self, header: str) -> str:
-        """The part of a header that an answer must begin with: up to its thinking marks, or what plain answers share."""
+        """The part of a header that an answer must begin with: up to thinking marks, or as plain answers have it."""
         thought = THINK.search(header)
         role = header[: thought.start()] if thought else header
         at = role.rfind(self.habits.role) if self.habits.role.strip() else -1
@@ -252,10 +254,9 @@ class TurnFinder:
                 found = trace(self.template, filled, self.tools)
             except (DataError, NotTraceable):
                 found = None
-            own = found.of(index) if found else []
-            if found and len(own) == 1:  # without its content the text is this one, so the place is shown
-                if found.text[: own[0].start] + found.text[own[0].end :] == self.whole.text:
-                    return replace(self, messages=filled, whole=found).start(index)
+            own = found.of(index)[:1] if found else []
+            if found and [found.text[: span.start] + found.text[span.end :] for span in own] == [self.whole.text]:
+                return replace(self, messages=filled, whole=found).start(index)  # nothing else differs
         raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
 
     def _header(self, index: int, prompt: str | None) -> str | None:
