@@ -107,7 +107,7 @@ def test_every_mask_is_proven_or_refused_by_name(masked: dict[tuple[str, str], t
         assert masker.tokenizer.decode(ids) == found.encoded.text
     print(dict(counts), *reasons.most_common(), sep="\n")
     if len({stem for stem, _ in masked}) >= 108:
-        assert {name: counts[name] for name in PROVEN} == PROVEN
+        assert all(counts[name] >= least for name, least in PROVEN.items()), counts
         assert counts["reasoning"] >= 99
 
 

@@ -33,7 +33,7 @@ from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, 
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template
 from luthier.data.tokens import not_atomic
-from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
+from luthier.data.turns import THINK, Habits, NotProvable, TurnFinder, learn
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
 
@@ -280,7 +280,7 @@ class Masker:
             if not token.strip():
                 continue
             name = self.vocabulary.names.get(int(encoded.ids_T[i]))
-            if name is None or (stops and name not in stops and not calls):
+            if name is None or THINK.fullmatch(name) or (stops and name not in stops and not calls):
                 break
             return
         raise NotProvable(

@@ -28,7 +28,7 @@ from luthier.data.template import Template, in_parts
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
-_THINK = re.compile(
+THINK = re.compile(
     r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
 )
 _USER, _ANSWER, _RESULT = "probe one", "probe two", "probe result"
@@ -48,7 +48,7 @@ class Habits:
 
     header: str  # what a generation prompt adds to a closed user turn
     lead: str  # what stands between that and a plain answer
-    shown: str  # the part of the header that stands before a plain answer
+    role: str  # the part of the header that a plain answer has too, where nothing else stands before it; "" = none
     openers: frozenset[str]  # control strings that begin a turn
     ends: frozenset[str]  # control strings that close an answer
     closing: str  # text appended where the last answer has no stop token; "" = never
@@ -115,7 +115,9 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     names = controls.findall
     kept = atomic_prefix(asked, prompted, controls)
     common = history[: atomic_prefix(history, last, controls)]
-    closer = names(asked[:kept])[:1]
+    closers = names(asked[:kept])
+    nested = kept < len(prompted) and names(common)[: len(closers)] == closers  # <|END_TEXT|><|END_OF_TURN_TOKEN|>
+    closer = closers[-1:] if nested else closers[:1]
     ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
     ends = ends or set(names(common)[-1:])
     if not ends:  # the last turn ends otherwise than the others, or without a token
@@ -135,12 +137,12 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
     if seen and not names(last):
         found = next(controls.finditer(history))
         closing = history[len(common) : found.end()] if last == common else found.group()
-    agreed = atomic_prefix(texts.between, prompted, controls)
-    shown = texts.between[kept:agreed]
+    met = atomic_prefix(texts.between, prompted, controls)
+    lead = texts.between[max(met, _aligned(texts.between, prompted) or 0) :]
     return Habits(
         header=header,
-        lead=texts.between[agreed:],
-        shown=shown if openers & set(names(shown)) else "",
+        lead=lead,
+        role="" if THINK.sub("", lead).strip() else prompted[kept:met],
         openers=frozenset(openers - ends),
         ends=frozenset(ends),
         closing=closing,
@@ -207,16 +209,15 @@ class TurnFinder:
         header = self._header(index, prompt)
         region = text[before:first]
         if header is not None:
-            thought = _THINK.search(header)
-            role = header[: thought.start()] if thought else header
+            role = self._role(header)
             if with_prompt:
                 header = role
-            shared = atomic_prefix(region, header, self.controls)
-            left = _THINK.sub("", region[shared:]).strip()
-            shown = self.habits.shown and region[:shared].endswith(self.habits.shown)
-            if shared >= len(role.rstrip()) or not left or shown:
-                return self._checked(index, before + shared, first)
-            aligned = _aligned(region, header) or _aligned(region, role)
+            shared, aligned = atomic_prefix(region, header, self.controls), _aligned(region, header)
+            left = THINK.sub("", region[shared:]).strip()
+            if shared >= len(role.rstrip()) or not left:
+                self._check_prompt(index, header[shared:])
+                return self._checked(index, before + max(shared, aligned or 0), first)
+            aligned = aligned or _aligned(region, role)
             if aligned is not None:
                 return self._checked(index, before + aligned, first)
         known = self.habits.header.strip()
@@ -225,6 +226,19 @@ class TurnFinder:
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
+
+    def _check_prompt(self, index: int, rest: str) -> None:
+        """What only the prompt has, and not the row, must not end a turn: then inference is not what was trained."""
+        for name in self.controls.findall(rest):
+            if name in self.habits.ends or name in self.stops:
+                raise NotProvable(f"the generation prompt before message {index} has {name}, which the row has not")
+
+    def _role(self, header: str) -> str:
+        """The part of a header that an answer must begin with: up to thinking marks, or as plain answers have it."""
+        thought = THINK.search(header)
+        role = header[: thought.start()] if thought else header
+        at = role.rfind(self.habits.role) if self.habits.role.strip() else -1
+        return role if at < 0 else role[: at + len(self.habits.role)]
 
     def _empty_start(self, index: int, with_prompt: bool) -> int:
         """An empty answer begins where it would with a word in it, if the text without the word is the same."""
@@ -263,7 +277,7 @@ class TurnFinder:
         for name in self.controls.findall(rest):
             if name in self.habits.openers:
                 raise NotProvable(f"the turn header {name} before message {index} would be trained")
-        if not self.habits.header and _THINK.sub("", self.habits.lead).strip():
+        if not self.habits.header and THINK.sub("", self.habits.lead).strip():
             raise NotProvable(
                 "the template has no generation prompt, so what inference supplies is not known",
                 "add {% if add_generation_prompt %} to the template",
