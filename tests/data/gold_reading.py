@@ -150,3 +150,17 @@ def bracket_spans(shown: str) -> list[tuple[int, int]]:
         else:
             position += 1
     return found
+
+
+def places(text: str, entry: Mapping[str, Any], chat: str, *, spaces: bool = False) -> list[tuple[int, int]]:
+    """Where each gold text stands: behind a header, in order. `spaces`: with the white space behind it, as markers."""
+    found, position = [], 0
+    for gold in entry["trained"][chat]:
+        at = min(
+            text.index(header + gold, position) + len(header) for header in entry["header"]
+            if header + gold in text[position:]
+        )  # fmt: skip
+        position = at + len(gold)
+        rest = text[position:]
+        found.append((at, position + (len(rest) - len(rest.lstrip()) if spaces else 0)))
+    return found

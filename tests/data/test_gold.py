@@ -17,7 +17,7 @@ import pytest
 
 from data.families import STRINGS, tokenizer_for
 from data.gold_reading import CHATS as EVERY
-from data.gold_reading import by_format, by_markers, entries, rendered, tools_of
+from data.gold_reading import by_format, by_markers, entries, places, rendered, tools_of
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.mask import Masker
@@ -94,23 +94,9 @@ def test_what_trains_is_the_gold_token_for_token(stem: str, masker: Masker) -> N
         assert tokens["input_ids"] == masked.encoded.ids_T.tolist()
         wanted = np.zeros(len(tokens["input_ids"]), dtype=bool)
         starts, ends = np.array(tokens["offset_mapping"]).T
-        for start, end in _places(text, entry, name, masker.template.has_markers):
+        for start, end in places(text, entry, name, spaces=masker.template.has_markers):
             wanted |= (starts >= start) & (ends <= end)
         assert np.array_equal(masked.weights_T > 0, wanted), (stem, name)
-
-
-def _places(text: str, entry: Mapping[str, Any], name: str, marked: bool) -> list[tuple[int, int]]:
-    """Where each gold text stands: behind a header, in order. Markers also hold the white space behind a stop."""
-    found, position = [], 0
-    for gold in entry["trained"][name]:
-        at = min(
-            text.index(header + gold, position) + len(header) for header in entry["header"]
-            if header + gold in text[position:]
-        )  # fmt: skip
-        position = at + len(gold)
-        rest = text[position:]
-        found.append((at, position + (len(rest) - len(rest.lstrip()) if marked else 0)))
-    return found
 
 
 @pytest.mark.parametrize("stem", sorted(ENTRIES))

@@ -99,12 +99,12 @@ def test_originals_train_what_their_marked_twins_do(shared_data: Callable[[str],
                 counts["other text"] += ours.text != theirs.text
                 continue
             assert ours.text == theirs.text and np.array_equal(ours.encoded.ids_T, theirs.encoded.ids_T), (stem, name)
-            assert _same(ours, theirs, *TRAINED_WIDER.get(stem, ((), ""))), (stem, name)
+            assert same_tokens(ours, theirs, *TRAINED_WIDER.get(stem, ((), ""))), (stem, name)
             counts["wider" if stem in TRAINED_WIDER else "equal"] += 1
     assert counts["equal"] >= 80 and counts["other text"] >= 20, counts
 
 
-def _same(ours: Masked, theirs: Masked, before: tuple[str, ...], behind: str) -> bool:
+def same_tokens(ours: Masked, theirs: Masked, before: tuple[str, ...], behind: str) -> bool:
     """Whether they train what ours does and, token for token, one of `before` in front of each answer and `behind`
     the last one; white space behind a stop decides nothing."""
     text, encoded = ours.text, ours.encoded
