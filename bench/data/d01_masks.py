@@ -189,7 +189,7 @@ def _gold(cases: list[_Case], conditions: str) -> Figure:
         "D2", "trained text equal to written gold, token for token", _said(counts),
         f"transformers, template as it stands: {_said(stock)}; TRL's training template: {_said(trained)}",
         ">= 40 families, 0 wrong", not counts["wrong"] and not counts["refused"] and counts["right"] > 0,
-        f"{conditions}; other tokens of TRL: role headers of GPT-OSS and DeepSeek, Phi-3's second stop, thinking blocks "
+        f"{conditions}; TRL's other tokens: role headers of GPT-OSS and DeepSeek, Phi-3's second stop, thinking blocks "
         "that the prompt supplies",
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from typing import Any
 
 import click
@@ -122,17 +123,17 @@ def _said(row: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _marked(pieces: list[str], weights: list[float], colour: str) -> str:
-    """The text with its trained tokens coloured, or in brackets where there is no colour; other weights in front."""
+    """The text with its trained stretches coloured, or in brackets where there is no colour; other weights in front."""
     coloured = sys.stdout.isatty()
-    parts: list[str] = []
-    before = 0.0
-    for text, weight in zip(pieces, weights, strict=True):
-        if weight != before:
-            parts.append("⟧" if before and not coloured else "")
-            parts.append("⟦" if weight and not coloured else "")
-            said = f"{weight:g}: " if weight not in (0.0, 1.0) else ""
-            parts.append(click.style(said, fg="yellow", bold=True) if said and coloured else said)
-        before = weight
-        shade = colour if weight == 1.0 else "yellow"
-        parts.append(click.style(text, fg=shade) if weight and coloured else text)
-    return "".join(parts) + ("⟧" if before and not coloured else "")
+    parts = []
+    for weight, run in groupby(zip(weights, pieces, strict=True), key=lambda one: one[0]):
+        text = "".join(piece for _, piece in run)
+        said = f"{weight:g}: " if weight not in (0.0, 1.0) else ""
+        if not weight:
+            parts.append(text)
+        elif coloured:
+            parts.append(click.style(said, fg="yellow", bold=True) if said else "")
+            parts.append(click.style(text, fg="yellow" if said else colour))
+        else:
+            parts.append(f"⟦{said}{text}⟧")
+    return "".join(parts)

@@ -113,12 +113,13 @@ class Encoder:
         return said
 
     def _reasoning_remedy(self) -> str:
-        if self.policy.thinking == "as_template":
+        if self.policy.thinking == "as_template" and self.unshown_reasoning < self.reasoned:
             return (
-                "data.mask.thinking: split trains each answer as the last one, where most templates keep it; keep_all "
+                "data.mask.thinking: split trains each answer as the last one, where this template keeps it; keep_all "
                 "asks the template to keep it everywhere"
             )
-        return "it prints none, even in the last answer; put it into the content, or name another model.chat_template"
+        split = "try data.mask.thinking: split, " if self.policy.thinking == "as_template" else ""
+        return f"{split}write it into the content as <think>…</think>, or name another model.chat_template"
 
     def samples(self, record: Record) -> list[Sample]:
         """The samples of a record: one, or several for `overlong: split` and `thinking: split`.

@@ -49,7 +49,7 @@ def remarks(encoder: Encoder, record: Record | None) -> dict[str, Any]:
         for index in sorted(frozenset().union(*(masked.unshown for masked in masks)))
     ]
     if escaped := max(masked.escaped for masked in masks):
-        said.append(f"{escaped} control strings of the content are ordinary text (data.injection: escape)")
+        said.append(f"control strings in the content that are ordinary text here: {escaped} (data.injection: escape)")
     return {"remarks": said} if said else {}
 
 
