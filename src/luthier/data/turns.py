@@ -113,30 +113,31 @@ class _Texts:
 def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> Habits:
     first, asked, prompted, history, last = texts.first, texts.asked, texts.prompted, texts.history, texts.last
     names = controls.findall
+    seen, shut = names(history), names(last)
     kept = atomic_prefix(asked, prompted, controls)
-    common = history[: atomic_prefix(history, last, controls)]
-    closers = names(asked[:kept])
-    nested = kept < len(prompted) and names(common)[: len(closers)] == closers  # <|END_TEXT|><|END_OF_TURN_TOKEN|>
-    closer = closers[-1:] if nested else closers[:1]
-    ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
-    ends = ends or set(names(common)[-1:])
+    common = names(history[: atomic_prefix(history, last, controls)])
+    closing = _closing(controls, history, first)
+    closers = names(asked[:kept])  # of a question; <|END_TEXT|><|END_OF_TURN|> where an answer has both too
+    if kept == len(prompted):  # the next header may stand there as well
+        closers = closing
+        own = len(closers) if names(asked)[: len(closers)] == closers else 0
+        shut = shut[: max(len(shut) - len(names(asked)) + own, 0)]
+    elif seen[: len(closers)] != closers:
+        closers = closers[:1]
+    closer = closers[-1:]
+    ends = {name for name in common if name in stops} or {name for name in common if [name] == closer}
+    ends = ends or set(common[-1:])
     if not ends:  # the last turn ends otherwise than the others, or without a token
-        ends = {name for name in names(last) if name in stops} or set(names(last)[-1:])
-        if closer and names(history)[:1] == closer:
+        ends = {name for name in shut if name in stops} or set(shut[-1:])
+        if closer and seen[: len(closers)] == closers:
             ends |= set(closer)
-        if not ends:  # what stands in history before the question's own header
-            cut = len(history) - _common(history[::-1], first[::-1])
-            ends = set([found.group() for found in controls.finditer(history) if found.start() < cut][-1:])
+    if not any(name in ends or name in stops for name in seen):
+        ends |= set(closing[-1:])
     header = prompted[kept:]
     if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
-        header = asked[asked.index(closer[0]) + len(closer[0]) :]
-    seen = names(history)
+        header = asked.partition(closer[0])[2] if closer[0] in asked else asked
     after = next((i + 1 for i, name in enumerate(seen) if name in ends or name in stops), 0)
     openers = set(seen[after : after + 1]) | set(names(header)[:1]) | set(names(first)[:1])
-    closing = ""
-    if seen and not names(last):
-        found = next(controls.finditer(history))
-        closing = history[len(common) : found.end()] if last == common else found.group()
     met = atomic_prefix(texts.between, prompted, controls)
     lead = texts.between[max(met, _aligned(texts.between, prompted) or 0) :]
     return Habits(
@@ -145,9 +146,28 @@ def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> 
         role="" if THINK.sub("", lead).strip() else prompted[kept:met],
         openers=frozenset(openers - ends),
         ends=frozenset(ends),
-        closing=closing,
+        closing="" if last.strip() else _appended(controls, history, last, ends),
         tag=seen[0] if seen and not after else "",
     )
+
+
+def _closing(controls: re.Pattern[str], history: str, first: str) -> list[str]:
+    """Controls that close an answer: those before the next question's header, which begins as a conversation does."""
+    seen = controls.findall(history)
+    for opener in controls.findall(first)[:2]:  # the second after a bos
+        if opener in seen[1:]:
+            return seen[: seen.index(opener, 1)]
+    cut = len(history) - _common(history[::-1], first[::-1])
+    return [found.group() for found in controls.finditer(history) if found.start() < cut]
+
+
+def _appended(controls: re.Pattern[str], history: str, last: str, ends: Collection[str]) -> str:
+    """What closes an answer in history, for a last answer that nothing closes."""
+    marks = list(controls.finditer(history))
+    if not marks:
+        return ""
+    end = next((found.end() for found in marks if found.group() in ends), marks[0].end())
+    return history[len(last) if history.startswith(last) else marks[0].start() : end]
 
 
 def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
@@ -275,7 +295,7 @@ class TurnFinder:
         for name in self.controls.findall(rest):
             if name in self.habits.openers:
                 raise NotProvable(f"the turn header {name} before message {index} would be trained")
-        if not self.habits.header and THINK.sub("", self.habits.lead).strip():
+        if not self.habits.header.strip() and THINK.sub("", self.habits.lead).strip():
             raise NotProvable(
                 "the template has no generation prompt, so what inference supplies is not known",
                 "add {% if add_generation_prompt %} to the template",
