@@ -97,9 +97,8 @@ def _write(
     loop = "{% for m in messages %}" + body + "{% endfor %}"
     if rng.random() < 0.3:
         loop = "{% for i in range(messages | length) %}{% set m = messages[i] %}" + body + "{% endfor %}"
-    gap_before = between if last != "same" or not gap.endswith("
-") else ""
-    opening = f"{{{{ {gap_before!r}{join}{_expression(asked, join)} }}}}"
+    before = between if last != "same" or not gap.endswith("\n") else ""
+    opening = f"{{{{ {before!r}{join}{_expression(asked, join)} }}}}"
     trail = "{{ eos_token }}" if last == "eos" else ""
     if asks == "never":
         return start + loop + trail
