@@ -47,7 +47,7 @@ class Masked:
     encoded: Encoded
     weights_T: np.ndarray
     turns: tuple[Turn, ...]
-    escaped: int = 0  # control strings of the content that were neutralised
+    escaped: int = 0  # control strings of the content: neutralised, or let through by `injection: allow`
     unshown_reasoning: int = 0  # answers whose reasoning the template leaves out
 
     @property
@@ -174,17 +174,17 @@ class Masker:
         return form, found
 
     def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
-        """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
+        """Tokens of the text, control strings of content treated by policy, and how many there were."""
         missing = broken_controls(text, found, self.tokenizer)
         if missing:
             raise not_atomic(missing, f"{chat.source} ({self.template.name})")
         encoded = self.vocabulary.encode(text)
         controls = self.vocabulary.controls(encoded)
-        if self.policy.injection == "allow" or not len(controls):
+        if not len(controls):
             return encoded, 0
         drop = [i for i in controls if self._is_foreign(encoded, int(i), found, chat)]
-        if not drop:
-            return encoded, 0
+        if not drop or self.policy.injection == "allow":
+            return encoded, len(drop)
         if self.policy.injection == "error":
             raise DataError(
                 "the content of a row holds control strings of the template", where=str(chat.source),
