@@ -33,7 +33,8 @@ from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, 
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template
 from luthier.data.tokens import not_atomic
-from luthier.data.turns import THINK, Habits, NotProvable, TurnFinder, learn
+from luthier.data.turn_habits import THINK, Habits, NotProvable, learn
+from luthier.data.turns import TurnFinder
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
 
@@ -44,7 +45,7 @@ class Masked:
     encoded: Encoded
     weights_T: np.ndarray
     turns: tuple[Turn, ...]
-    escaped: int = 0  # control strings of the content that were neutralised
+    escaped: int = 0  # control strings of the content: neutralised, or let through by `injection: allow`
     reasoned: frozenset[int] = frozenset()  # trained messages that have reasoning
     unshown: frozenset[int] = frozenset()  # those of them whose reasoning the template leaves out
 
@@ -188,17 +189,17 @@ class Masker:
         return form, found
 
     def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
-        """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
+        """Tokens of the text, control strings of content treated by policy, and how many there were."""
         missing = broken_controls(text, found, self.tokenizer)
         if missing:
             raise not_atomic(missing, f"{chat.source} ({self.template.name})")
         encoded = self.vocabulary.encode(text)
         controls = self.vocabulary.controls(encoded)
-        if self.policy.injection == "allow" or not len(controls):
+        if not len(controls):
             return encoded, 0
         drop = [i for i in controls if self._is_foreign(encoded, int(i), found, chat)]
-        if not drop:
-            return encoded, 0
+        if not drop or self.policy.injection == "allow":
+            return encoded, len(drop)
         if self.policy.injection == "error":
             raise DataError(
                 "the content of a row holds control strings of the template", where=str(chat.source),

@@ -24,7 +24,7 @@ from luthier.contracts.errors import DataError
 from luthier.data import templates
 from luthier.data.provenance import NotTraceable
 from luthier.data.template import MARKUP, Template
-from luthier.data.turns import around
+from luthier.data.turn_habits import around
 
 # answers get their stop before the template sees them; `''` at the end keeps the template's own first line as it is
 _APPEND_STOP = (

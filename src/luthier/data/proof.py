@@ -14,7 +14,7 @@ from typing import Any
 from luthier.contracts.record import Chat
 from luthier.data.provenance import Span, Trace
 from luthier.data.tokens import missing_tokens
-from luthier.data.turns import NotProvable
+from luthier.data.turn_habits import NotProvable
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ def check_shown(chat: Chat, found: Trace) -> None:
 
 
 def check_turns(chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:
-    """No content of another message inside a trained span; all of the message's own inside its spans."""
+    """No content of another message inside a trained span, all in order; all of the message's own inside its spans."""
     for turn in turns:
         for span in found.spans:
             if span.message != turn.message and span.start < turn.end and turn.start < span.end:
                 raise NotProvable(f"content of message {span.message} lies in the trained span of {turn.message}")
+    _check_order(chat, found, turns)
     for index in {turn.message for turn in turns}:
         own = [turn for turn in turns if turn.message == index]
         for span in found.of(index):
@@ -69,6 +70,17 @@ def check_turns(chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:
         for leaf in _plain_leaves(chat.messages[index]):
             if leaf not in shown:
                 raise NotProvable(f"the template drops the argument {leaf} of a tool call in message {index}")
+
+
+def _check_order(chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:
+    """What came before an answer stands before it, what came after stands after; system prompts stand anywhere."""
+    for index, message in enumerate(chat.messages):
+        if message["role"] in ("system", "developer") or not (own := found.of(index)):
+            continue
+        start, end = own[0].start, max(span.end for span in own)
+        for turn in turns:
+            if (index < turn.message and end > turn.start) or (index > turn.message and start < turn.end):
+                raise NotProvable(f"the template does not print messages {index} and {turn.message} in their order")
 
 
 def _plain_leaves(message: Mapping[str, Any]) -> list[str]:

@@ -314,10 +314,11 @@ def _compile(text: str, name: str, now: datetime) -> jinja2.Template:
         )  # fmt: skip
     try:
         return _environment(now).from_string(text)
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
+    except Exception as error:  # noqa: BLE001 - jinja's own, and those of Python on what jinja compiled it to
+        line = getattr(error, "lineno", None) if isinstance(error, TemplateError) else None
         raise DataError(
-            "the chat template does not parse", where=f"{name}:{line}" if line else name, value=error.message,
+            "the chat template does not parse", where=f"{name}:{line}" if line else name,
+            value=getattr(error, "message", None) or f"{type(error).__name__}: {error}",
             remedy="mend it, or give another in model.chat_template",
         ) from None  # fmt: skip
 

@@ -10,162 +10,24 @@ cut at whole control tokens, never inside `<|`. What then stands between start a
 thinking marks, or template text without a turn opener; otherwise the row is refused.
 
 End: the first stop token after the turn's last piece and before the next turn's opener. Which tokens close and open
-turns is learned once per template from four small renders (`learn`): `ends` close an answer that a user turn follows,
-`openers` begin turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
+turns is learned once per template (turn_habits.py): `ends` close an answer that a user turn follows, `openers` begin
+turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
 tag: then that tag is trained, and an answer that ends the conversation gets the tag (`closing`) appended.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template, in_parts
+from luthier.data.turn_habits import ANSWER, THINK, Habits, Message, NotProvable, aligned, atomic_prefix
 
-Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]] | None
-THINK = re.compile(
-    r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
-)
-_USER, _ANSWER, _RESULT = "probe one", "probe two", "probe result"
-
-
-class NotProvable(Exception):
-    """The mask of this row cannot be shown to be right; `reason` is for people."""
-
-    def __init__(self, reason: str, remedy: str | None = None) -> None:
-        self.reason, self.remedy = reason, remedy
-        super().__init__(reason)
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What a template does around turns, learned from its renders. All of them strings of the text."""
-
-    header: str  # what a generation prompt adds to a closed user turn
-    lead: str  # what stands between that and a plain answer
-    role: str  # the part of the header that a plain answer has too, where nothing else stands before it; "" = none
-    openers: frozenset[str]  # control strings that begin a turn
-    ends: frozenset[str]  # control strings that close an answer
-    closing: str  # text appended where the last answer has no stop token; "" = never
-    tag: str  # the opener that ends an answer in families without a closing token; "" = they have one
-
-
-def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
-    """Length of the common prefix that cuts no control string of either text."""
-    n = _common(one, other)
-    moved = True
-    while moved:
-        moved = False
-        for text in (one, other):
-            for found in controls.finditer(text, 0, min(len(text), n + 128)):
-                if found.start() < n < found.end():
-                    n, moved = found.start(), True
-    return n
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common prefix, by characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # slices compare in C, so halving beats a loop
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def learn(template: Template, controls: re.Pattern[str], stops: Collection[str], tools: Tools = None) -> Habits:
-    """The habits of a template, or NotProvable. `stops` are the stop tokens of tokenizer and generation config."""
-    user = {"role": "user", "content": _USER}
-    answer = {"role": "assistant", "content": _ANSWER}
-    try:
-        first, asked = around(template, [user], tools, prompt=False)
-        between, last = around(template, [user, answer], tools, prompt=False)
-        texts = _Texts(
-            first=first, asked=asked, between=between, last=last,
-            prompted=around(template, [user], tools, prompt=True)[1],
-            history=around(template, [user, answer, user], tools, prompt=False)[0],
-        )  # fmt: skip
-    except (NotTraceable, DataError) as error:
-        reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
-        raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
-    return _habits(controls, frozenset(stops), texts)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """What a template prints around the content of small conversations."""
-
-    first: str  # before a question that begins
-    asked: str  # after a question that ends, without a generation prompt
-    prompted: str  # the same with one
-    between: str  # from a question to its answer
-    last: str  # after an answer that ends
-    history: str  # from an answer to the next question
-
-
-def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> Habits:
-    first, asked, prompted, history, last = texts.first, texts.asked, texts.prompted, texts.history, texts.last
-    names = controls.findall
-    kept = atomic_prefix(asked, prompted, controls)
-    common = history[: atomic_prefix(history, last, controls)]
-    closers = names(asked[:kept])
-    nested = kept < len(prompted) and names(common)[: len(closers)] == closers  # <|END_TEXT|><|END_OF_TURN_TOKEN|>
-    closer = closers[-1:] if nested else closers[:1]
-    ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
-    ends = ends or set(names(common)[-1:])
-    if not ends:  # the last turn ends otherwise than the others, or without a token
-        ends = {name for name in names(last) if name in stops} or set(names(last)[-1:])
-        if closer and names(history)[:1] == closer:
-            ends |= set(closer)
-        if not ends:  # what stands in history before the question's own header
-            cut = len(history) - _common(history[::-1], first[::-1])
-            ends = set([found.group() for found in controls.finditer(history) if found.start() < cut][-1:])
-    header = prompted[kept:]
-    if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
-        header = asked[asked.index(closer[0]) + len(closer[0]) :]
-    seen = names(history)
-    after = next((i + 1 for i, name in enumerate(seen) if name in ends or name in stops), 0)
-    openers = set(seen[after : after + 1]) | set(names(header)[:1]) | set(names(first)[:1])
-    closing = ""
-    if seen and not names(last):
-        found = next(controls.finditer(history))
-        closing = history[len(common) : found.end()] if last == common else found.group()
-    met = atomic_prefix(texts.between, prompted, controls)
-    lead = texts.between[max(met, _aligned(texts.between, prompted) or 0) :]
-    return Habits(
-        header=header,
-        lead=lead,
-        role="" if THINK.sub("", lead).strip() else prompted[kept:met],
-        openers=frozenset(openers - ends),
-        ends=frozenset(ends),
-        closing=closing,
-        tag=seen[0] if seen and not after else "",
-    )
-
-
-def around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
-    """Text between the last two pieces of content (or before the only one), and after the last."""
-    failure: Exception | None = None
-    for shown in (messages, in_parts(messages)):
-        try:
-            found = trace(template, shown, tools, add_generation_prompt=prompt)
-        except (DataError, NotTraceable) as error:
-            failure = failure or error
-            continue
-        spans = [span for span in found.spans if span.kind == "content"]
-        if len(spans) == len(messages):
-            before = spans[-2].end if len(spans) > 1 else 0
-            return found.text[before : spans[-1].start], found.text[spans[-1].end :]
-        failure = failure or NotTraceable("it does not print the content of every message once")
-    assert failure is not None
-    raise failure
+_RESULT = "probe result"
 
 
 @dataclass
@@ -212,14 +74,14 @@ class TurnFinder:
             role = self._role(header)
             if with_prompt:
                 header = role
-            shared, aligned = atomic_prefix(region, header, self.controls), _aligned(region, header)
+            shared, matched = atomic_prefix(region, header, self.controls), aligned(region, header)
             left = THINK.sub("", region[shared:]).strip()
             if shared >= len(role.rstrip()) or not left:
                 self._check_prompt(index, header[shared:])
-                return self._checked(index, before + max(shared, aligned or 0), first)
-            aligned = aligned or _aligned(region, role)
-            if aligned is not None:
-                return self._checked(index, before + aligned, first)
+                return self._checked(index, before + max(shared, matched or 0), first)
+            matched = matched or aligned(region, role)
+            if matched is not None:
+                return self._checked(index, before + matched, first)
         known = self.habits.header.strip()
         if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
             return self._checked(index, before + at + len(known), first)
@@ -243,7 +105,7 @@ class TurnFinder:
     def _empty_start(self, index: int, with_prompt: bool) -> int:
         """An empty answer begins where it would with a word in it, if the text without the word is the same."""
         filled: list[Message] = list(self.messages)
-        filled[index] = {**filled[index], "content": _ANSWER}
+        filled[index] = {**filled[index], "content": ANSWER}
         if any(isinstance(message.get("content"), list) for message in self.messages):
             filled[index] = in_parts([filled[index]])[0]
         try:
@@ -277,7 +139,7 @@ class TurnFinder:
         for name in self.controls.findall(rest):
             if name in self.habits.openers:
                 raise NotProvable(f"the turn header {name} before message {index} would be trained")
-        if not self.habits.header and THINK.sub("", self.habits.lead).strip():
+        if not self.habits.header.strip() and THINK.sub("", self.habits.lead).strip():
             raise NotProvable(
                 "the template has no generation prompt, so what inference supplies is not known",
                 "add {% if add_generation_prompt %} to the template",
@@ -371,20 +233,3 @@ class TurnFinder:
         tag = self.controls.search(self.whole.text, last + len(tail), after)
         between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
         return tag.end() if tag and not between.strip() else None
-
-
-def _aligned(region: str, header: str) -> int | None:
-    """Where `header` ends in `region` if the region begins with it but for white space between its parts."""
-    wanted = "".join(header.split())
-    if not wanted:
-        return None
-    at = 0
-    for position, letter in enumerate(region):
-        if letter.isspace():
-            continue
-        if letter != wanted[at]:
-            return None
-        at += 1
-        if at == len(wanted):
-            return position + 1 + _common(region[position + 1 :], header[len(header.rstrip()) :])
-    return None
