@@ -84,7 +84,7 @@ class TurnFinder:
                 return self._checked(index, before + matched, first)
         known = self.habits.header.strip()
         if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
-            return self._checked(index, before + at + len(known), first)
+            return self._checked(index, before + at + (aligned(region[at:], self.habits.header) or len(known)), first)
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
@@ -152,6 +152,7 @@ class TurnFinder:
         _, _, last, after = self.bounds(index)
         if not self.whole.of(index):
             last = self.start(index)
+        self._check_one_turn(index)
         closer: int | None = None
         for found in self.controls.finditer(text, last, after):
             name = found.group()
@@ -178,6 +179,20 @@ class TurnFinder:
             f"no stop token follows message {index}",
             "write {{ eos_token }} after the assistant's content in model.chat_template",
         )
+
+    def _check_one_turn(self, index: int) -> None:
+        """The words of a message must not stand behind its call as a turn of their own, for a call ends generation."""
+        own = self.whole.of(index)
+        called = max((span.end for span in own if span.kind in ("name", "argument")), default=None)
+        spoken = max((span.start for span in own if span.kind == "content"), default=-1)
+        if called is None or spoken < called:
+            return
+        for found in self.controls.finditer(self.whole.text, called, spoken):
+            if found.group() in self.stops or found.group() in self.habits.ends:
+                raise NotProvable(
+                    f"the template prints the words of message {index} as a turn of their own behind its call",
+                    "take them out of that turn, or name another template in model.chat_template",
+                )
 
     def _added_end(self, index: int) -> tuple[int, str] | None:
         """The end of a turn that ends the text without a stop token: a call ends as it does before its result."""
