@@ -18,6 +18,7 @@ tag: then that tag is trained, and an answer that ends the conversation gets the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +85,8 @@ class TurnFinder:
                 return self._checked(index, before + matched, first)
         known = self.habits.header.strip()
         if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
+            more = Counter(self.controls.findall(header or "")) - Counter(self.controls.findall(region))
+            self._check_prompt(index, "".join(more))
             return self._checked(index, before + at + (aligned(region[at:], self.habits.header) or len(known)), first)
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
