@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -42,6 +42,10 @@ class TurnFinder:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None
     whole: Trace
+
+    def _with(self, messages: Sequence[Message], whole: Trace) -> TurnFinder:
+        """The same for another conversation; made anew, so that nothing found in this one goes along."""
+        return TurnFinder(self.template, self.controls, self.stops, self.habits, messages, self.tools, whole)
 
     def bounds(self, index: int) -> tuple[int, int, int, int]:
         """(end of the content before, first and last character of the message's own pieces, next content)."""
@@ -116,7 +120,7 @@ class TurnFinder:
         except (DataError, NotTraceable):
             whole = None
         if whole is not None and (own := whole.of(index)):
-            start = replace(self, messages=filled, whole=whole).start(index, with_prompt=with_prompt)
+            start = self._with(filled, whole).start(index, with_prompt=with_prompt)
             rest = whole.text[start : own[0].start] + whole.text[own[-1].end :]
             same = "".join(rest.split()) == "".join(self.whole.text[start:].split())
             if same and whole.text[:start] == self.whole.text[:start]:
@@ -209,7 +213,7 @@ class TurnFinder:
             try:
                 whole = trace(self.template, messages, self.tools)
                 if whole.text.startswith(text):
-                    end, _ = replace(self, messages=messages, whole=whole).end(index)
+                    end, _ = self._with(messages, whole).end(index)
                     return min(end, len(text)), whole.text[len(text) : end]
             except (DataError, NotTraceable, NotProvable):
                 pass
