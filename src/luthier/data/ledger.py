@@ -35,6 +35,30 @@ class Reason:
             self.examples.append(str(source))
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something that was done to a row that is kept: how much of it, and of what."""
+
+    amount: int
+    of: str
+
+
+@dataclass
+class Change:
+    """What was done to kept rows, by kind: how many rows, how much in all, and the first few of them."""
+
+    of: str
+    count: int = 0
+    amount: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, amount: int, source: Source) -> None:
+        self.count += 1
+        self.amount += amount
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(str(source))
+
+
 @dataclass
 class Account:
     """One file (with its use): rows read, kept, dropped by policy and rejected as wrong."""
@@ -49,6 +73,10 @@ class Account:
     scored_tokens: int = 0
     dropped: dict[str, Reason] = field(default_factory=dict)
     rejected: dict[str, Reason] = field(default_factory=dict)
+    changed: dict[str, Change] = field(default_factory=dict)  # kept rows, by what was done to them
+
+    def change(self, what: str, note: Note, source: Source) -> None:
+        self.changed.setdefault(what, Change(note.of)).add(note.amount, source)
 
     def drop(self, reason: str, source: Source) -> None:
         self.dropped.setdefault(reason, Reason()).add(source)
@@ -122,6 +150,7 @@ class Ledger:
                     **{name: getattr(account, name) for name in names},
                     "dropped": {name: vars(reason) for name, reason in account.dropped.items()},
                     "rejected": {name: vars(reason) for name, reason in account.rejected.items()},
+                    "changed": {name: vars(change) for name, change in account.changed.items()},
                 }
                 for account in self.accounts
             ],
@@ -141,4 +170,8 @@ class Ledger:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
+            for name, change in account.changed.items():
+                more = ", …" if change.count > len(change.examples) else ""
+                said = f"{change.count} rows {name}, {change.amount} {change.of}"
+                lines.append(f"  {said}: {', '.join(change.examples)}{more}")
         return "\n".join(lines)
