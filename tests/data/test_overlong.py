@@ -108,7 +108,7 @@ def test_cut_conversations_are_slices() -> None:
             scored += places[shown > 0].tolist()
         if kept is None:  # every trained token once, so no stop token is ever lost
             assert scored == np.flatnonzero(weights).tolist()
-        assert bool(made.notes) == (length > limit)
+        assert bool(made.changes) == (length > limit)
     assert min(outcomes[how] for how in CUTTING) > 1500, outcomes
 
 

@@ -7,7 +7,7 @@
 
 Overlong rows follow `data.overlong` (overlong.py): a shortened row is a slice of the whole row and its mask the same
 slice, so no token's weight ever depends on a cut; `truncate_turns` leaves out whole exchanges. A row with no trained
-token left is dropped by name. What was done to a row that is kept stands in `notes`, for the ledger.
+token left is dropped by name. What was done to a row that is kept stands in `changes`, for the ledger.
 
 Raw rows (Completion, Text) are taken as written: control strings in them count, since people put whole rendered
 prompts there; `data.injection: error` refuses them. Arrays are numpy: int64 tokens, float32 weights.
@@ -24,7 +24,7 @@ import numpy as np
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample, Source, Text
 from luthier.data import overlong, pairs
-from luthier.data.ledger import Dropped, Note
+from luthier.data.ledger import Change, Dropped
 from luthier.data.mask import Masked, Masker
 from luthier.data.overlong import split
 from luthier.data.policy import MaskPolicy, message_weights
@@ -75,7 +75,7 @@ class Encoder:
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.escaped = 0  # control strings of content that were neutralised
         self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
-        self.notes: dict[str, Note] = {}  # what was done to the row that `samples` was last asked for
+        self.changes: dict[str, Change] = {}  # what was done to the row that `samples` was last asked for
 
     @property
     def masker(self) -> Masker:
@@ -98,7 +98,7 @@ class Encoder:
 
         Raises Dropped where a policy drops the row, DataError where the row is wrong.
         """
-        self.notes = {}
+        self.changes = {}
         if isinstance(record, Pair):
             return [self._pair(record)]
         if isinstance(record, Judged):
@@ -304,8 +304,8 @@ class Encoder:
         raise self._too_long(record.source, length)
 
     def _note(self, what: str, amount: int, of: str) -> None:
-        before = self.notes[what].amount if what in self.notes else 0
-        self.notes[what] = Note(before + amount, of)
+        before = self.changes[what].amount if what in self.changes else 0
+        self.changes[what] = Change(before + amount, of)
 
     def _note_masked(self, masked: Masked) -> None:
         self.escaped += masked.escaped
@@ -313,8 +313,6 @@ class Encoder:
         if masked.escaped:
             how = "let through" if self.policy.injection == "allow" else "made plain text"
             self._note(f"with control strings {how}", masked.escaped, "control strings")
-        if masked.unshown_reasoning:
-            self._note("whose reasoning the template leaves out", masked.unshown_reasoning, "answers")
 
     def _note_cuts(self, rows: Sequence[Row], made: Sequence[Sample]) -> None:
         if not made or all(len(tokens_T) <= self.max_tokens for tokens_T, _, _ in rows):

@@ -36,7 +36,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Note:
+class Change:
     """Something that was done to a row that is kept: how much of it, and of what."""
 
     amount: int
@@ -44,19 +44,11 @@ class Note:
 
 
 @dataclass
-class Change:
-    """What was done to kept rows, by kind: how many rows, how much in all, and the first few of them."""
+class Changes(Reason):
+    """How many kept rows something was done to, how much in all, and the first few of them."""
 
-    of: str
-    count: int = 0
     amount: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, amount: int, source: Source) -> None:
-        self.count += 1
-        self.amount += amount
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(str(source))
+    of: str = ""
 
 
 @dataclass
@@ -73,10 +65,12 @@ class Account:
     scored_tokens: int = 0
     dropped: dict[str, Reason] = field(default_factory=dict)
     rejected: dict[str, Reason] = field(default_factory=dict)
-    changed: dict[str, Change] = field(default_factory=dict)  # kept rows, by what was done to them
+    changed: dict[str, Changes] = field(default_factory=dict)  # kept rows, by what was done to them
 
-    def change(self, what: str, note: Note, source: Source) -> None:
-        self.changed.setdefault(what, Change(note.of)).add(note.amount, source)
+    def change(self, what: str, change: Change, source: Source) -> None:
+        changes = self.changed.setdefault(what, Changes(of=change.of))
+        changes.amount += change.amount
+        changes.add(source)
 
     def drop(self, reason: str, source: Source) -> None:
         self.dropped.setdefault(reason, Reason()).add(source)

@@ -88,8 +88,8 @@ class ChosenSide:
         self.encoder = encoder
 
     @property
-    def notes(self) -> Mapping[str, Any]:
-        return getattr(self.encoder, "notes", {})
+    def changes(self) -> Mapping[str, Any]:
+        return getattr(self.encoder, "changes", {})
 
     def samples(self, record: Record) -> Sequence[Sample]:
         return self.encoder.samples(first_text(record))

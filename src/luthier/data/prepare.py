@@ -190,8 +190,8 @@ def _encoded(encoder: Encoder, record: Record, account: Account, bad: _Bad) -> l
     if not samples:
         account.drop("no token to train", record.source)
         return []
-    for what, note in getattr(encoder, "notes", {}).items():
-        account.change(what, note, record.source)
+    for what, change in getattr(encoder, "changes", {}).items():
+        account.change(what, change, record.source)
     return samples
 
 
