@@ -2,6 +2,7 @@
 
 train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
 dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
+data_build  raw files through the steps, on disk
 load       a run, adapter or model, ready to use    generate, reply         answers
 evaluate   loss, perplexity, exact match, ranking   merge                   an adapter into its base
 """
@@ -22,16 +23,19 @@ from typing import Any
 from luthier import account
 from luthier.artifact import fold
 from luthier.assembly import MICROBATCH_TOKENS, assemble, encoder_of, engine_run, prepared_rows
+from luthier.building import built_rows
 from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
+from luthier.data.build import Built
+from luthier.data.crew import Progress
 from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import prepare
-from luthier.data.show import shown
+from luthier.data.show import remarks, shown
 from luthier.data.stream import Stream, StreamSpec
-from luthier.engine.durable import replace_text, unwritable
-from luthier.engine.lock import hold
+from luthier.disk.durable import replace_text, unwritable
+from luthier.disk.lock import hold
 from luthier.engine.loop import train as train_steps
 from luthier.engine.resume import enter, template_date
 from luthier.engine.tensorboard import TensorBoard
@@ -140,19 +144,34 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
-    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair."""
-    notes: list[str] = []
+def data_rows(recipe: Recipe, rows: int, notes: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair.
+
+    `notes`: gets what is to be said of all rows, before the first is given.
+    """
+    notes = [] if notes is None else notes
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
     prepared = prepared_rows(recipe, encoder)
+    notes += encoder.notes()
+    records = {record.source: record for record in prepared.train_records}
     for sample in islice(prepared.train, rows):
-        yield shown(sample, encoder.tokenizer)
+        yield shown(sample, encoder.tokenizer) | remarks(encoder, records.get(sample.source))
+
+
+def data_build(
+    recipe: Recipe, out: str | Path | None = None, workers: int | None = None, progress: Progress | None = None
+) -> Built:
+    """The rows of data.train through data.steps, on disk: rows, ledger, manifest. Without `out` in RUN/built."""
+    return built_rows(recipe, Path(out) if out else None, workers, progress)
 
 
 def data_check(recipe: Recipe) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
-    encoder = encoder_of(recipe, load_text(recipe.model), [])
-    return prepared_rows(recipe, encoder).ledger
+    notes: list[str] = []
+    encoder = encoder_of(recipe, load_text(recipe.model), notes)
+    ledger = prepared_rows(recipe, encoder).ledger
+    ledger.notes += [*notes, *encoder.notes()]
+    return ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

@@ -135,7 +135,7 @@ HABITS: dict[str, tuple[str, str, list[str]]] = {
     "line if any, empty": (LINE_IF_ANY, "empty", ["\n<think></think><|user|>", "\n<think></think>\nTwo.<|user|>"]),
     "spaced": (SPACED, "plain", ["  One.<EOS>", "  Two.<EOS>"]),
     "spaced, empty": (SPACED, "empty", ["  <EOS>", "  Two.<EOS>"]),
-    "whenever asked": (WHENEVER_ASKED, "plain", ["   One. <|over|>", "   Two. <|over|>"]),
+    "whenever asked": (WHENEVER_ASKED, "plain", ["  One. <|over|>", "  Two. <|over|>"]),
     "destination": (DESTINATION, "plain", ["\n One. <step>", "\n Two. <step>"]),
     "destination, empty": (DESTINATION, "empty", ["\n  <step>", "\n Two. <step>"]),
     "destination, thoughts": (
@@ -160,7 +160,7 @@ HABITS: dict[str, tuple[str, str, list[str]]] = {
 REFUSED: dict[str, tuple[str, str, str]] = {
     "eos in the prompt": (EOS_IN_PROMPT, "plain", "has <EOS>, which the row has not"),
     "an empty answer that is not printed": (DROPS_EMPTY, "empty", "its place in the rendered conversation"),
-    "an empty answer without an end": (HALF_EMPTY, "empty", "no stop token follows message 1"),
+    "an empty answer without an end": (HALF_EMPTY, "empty", "message 1 is empty, and its place"),
     "parts only, calls dropped": (PARTS_ONLY, "calls", "drops a tool call's name in message 1 (assistant)"),
 }
 EXTRA = {"brackets": ("]~b]", "[e~["), "brackets, empty": ("]~b]", "[e~[")}

@@ -1,20 +1,22 @@
-"""`luthier data show|check RECIPE`: rows as the model sees them, and what became of every row.
+"""`luthier data show|check|build RECIPE`: rows as the model sees them, what became of every row, the built set.
 
-What is printed is what training reads: the same ids, the same marks; nothing is written.
+What is printed is what training reads: the same ids, the same marks. `build` takes raw files through the recipe's
+steps; `show` and `check` of a recipe with steps read that set, and make it where it is not there.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from typing import Any
 
 import click
 
 
-@click.group("data", short_help="Rows as the model sees them: show, check.")
+@click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
-    """Rows as the model sees them (show), and what became of every row (check)."""
+    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
 
 
 def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
@@ -34,12 +36,17 @@ def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
 def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
     """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour).
 
-    A pair is shown as its prompt, the chosen and the rejected answer, the trained tokens of the last in red.
+    Tokens with a loss weight of their own are yellow, the weight in front of them. A pair is shown as its prompt, the
+    chosen and the rejected answer, the trained tokens of the last in red.
     """
     read = _read(recipe, overrides)
     from luthier import run
 
-    for row in run.data_rows(read, rows):
+    notes: list[str] = []
+    for number, row in enumerate(run.data_rows(read, rows, notes)):
+        if not number:
+            for note in notes:
+                click.echo(f"note: {note}", err=True)
         if as_json:
             click.echo(json.dumps(row, ensure_ascii=False))
         else:
@@ -64,6 +71,36 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(f"{tokens:,} tokens, {scored:,} of them trained ({scored / max(tokens, 1):.0%})")
 
 
+@command.command("build")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--out", type=click.Path(), help="Directory of the built set; default: RUN/built, where train looks.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: as the files are large.")
+@click.option("--progress", default="auto", type=click.Choice(["auto", "rich", "plain", "off"]), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Manifest and ledger as one JSON object.")
+def build(
+    recipe: str, overrides: tuple[str, ...], out: str | None, workers: int | None, progress: str, as_json: bool
+) -> None:
+    """Take raw files through the steps of a recipe to one clean file of rows, with an account of every row.
+
+    An interrupted build goes on where it was; a finished one is taken as it is while nothing that decides it changed.
+    """
+    read = _read(recipe, overrides)
+    from luthier import run
+    from luthier.cli.passes import passes_reader
+    from luthier.data.ledger import summary_of_build
+
+    with passes_reader("off" if as_json and progress == "auto" else progress) as show:
+        built = run.data_build(read, out, workers, show)
+    if as_json:
+        click.echo(json.dumps({"out": str(built.directory), "reused": built.reused, "manifest": built.manifest,
+                               "ledger": built.ledger}, ensure_ascii=False))  # fmt: skip
+        return
+    click.echo("\n".join(summary_of_build(built.ledger)))
+    same = " (as it was: nothing that decides it has changed)" if built.reused else ""
+    click.echo(f"{built.manifest['output']['rows']:,} rows in {built.rows}{same}")
+
+
 def _show_row(row: dict[str, Any]) -> None:
     trained = sum(row["trained"])
     said = "".join(f", {name} {' '.join(f'{value:g}' for value in values)}" for name, values in _said(row).items())
@@ -73,7 +110,10 @@ def _show_row(row: dict[str, Any]) -> None:
         span = slice(part["start"], part["end"])
         label = f"[{part['name']}] " if part["name"] else ""
         colour = "red" if part["name"] == "rejected" else "green"
-        click.echo(label + _marked(row["pieces"][span], row["trained"][span], colour))
+        weights = row.get("weights", [float(flag) for flag in row["trained"]])
+        click.echo(label + _marked(row["pieces"][span], weights[span], colour))
+    for remark in row.get("remarks", ()):
+        click.echo(click.style(f"  {remark}", dim=True))
     click.echo()
 
 
@@ -82,13 +122,18 @@ def _said(row: dict[str, Any]) -> dict[str, list[float]]:
     return {name: values for name, values in row.get("extra", {}).items() if name != "label" or "parts" not in row}
 
 
-def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
-    """The text with its trained tokens coloured, or in brackets where there is no colour."""
+def _marked(pieces: list[str], weights: list[float], colour: str) -> str:
+    """The text with its trained stretches coloured, or in brackets where there is no colour; other weights in front."""
     coloured = sys.stdout.isatty()
-    parts, inside = [], False
-    for text, flag in zip(pieces, trained, strict=True):
-        if bool(flag) != inside and not coloured:
-            parts.append("⟦" if flag else "⟧")
-        inside = bool(flag)
-        parts.append(click.style(text, fg=colour) if flag and coloured else text)
-    return "".join(parts) + ("⟧" if inside and not coloured else "")
+    parts = []
+    for weight, run in groupby(zip(weights, pieces, strict=True), key=lambda one: one[0]):
+        text = "".join(piece for _, piece in run)
+        said = f"{weight:g}: " if weight not in (0.0, 1.0) else ""
+        if not weight:
+            parts.append(text)
+        elif coloured:
+            parts.append(click.style(said, fg="yellow", bold=True) if said else "")
+            parts.append(click.style(text, fg="yellow" if said else colour))
+        else:
+            parts.append(f"⟦{said}{text}⟧")
+    return "".join(parts)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
+from luthier.data.built import original
 
 _FIRST_ROWS = 10
 
@@ -69,6 +70,7 @@ def records(
     name: str | None = None,
 ) -> Iterator[Record]:
     """Records of one file's rows; a row that is wrong goes to `on_bad`."""
+    rows = (original(row, source) for row, source in rows)  # rows that we built say where they came from
     first = list(islice(rows, 1 if name else _FIRST_ROWS))
     if not first:
         return

@@ -27,6 +27,7 @@ from luthier.data import overlong, pairs
 from luthier.data.ledger import Change, Dropped
 from luthier.data.mask import Masked, Masker
 from luthier.data.overlong import split
+from luthier.data.overrides import overridden
 from luthier.data.policy import MaskPolicy, message_weights
 from luthier.data.template import Template
 from luthier.data.tokens import check_atomic
@@ -60,6 +61,7 @@ class Encoder:
         self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = (), *,
         score_prompt: bool = False,
     ) -> None:  # fmt: skip
+        template = template and overridden(template)
         self.tokenizer, self.template = tokenizer, template
         self.score_prompt = score_prompt  # of pairs: what the objective asks for
         self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)
@@ -74,8 +76,8 @@ class Encoder:
             self._masker = Masker(template, tokenizer, self.policy, stop_ids)
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.escaped = 0  # control strings of content that were neutralised
-        self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
         self.changes: dict[str, Change] = {}  # what was done to the row that `samples` was last asked for
+        self.reasoned = self.unshown_reasoning = 0  # trained answers with reasoning; those whose text leaves it out
 
     @property
     def masker(self) -> Masker:
@@ -92,6 +94,33 @@ class Encoder:
         learned = self._masker.stop_ids if self._masker is not None else ()
         eos = () if self.vocabulary.eos_id is None else (self.vocabulary.eos_id,)
         return tuple(dict.fromkeys([*self._given_stops, *eos, *learned]))
+
+    def notes(self) -> list[str]:
+        """What people should know of the rows encoded so far: the override in force, reasoning that is not trained."""
+        said = []
+        if self.template is not None and self.template.override:
+            said.append(f"chat template {self.template.name} was mended ({self.template.override})")
+        if self._masker is not None and self._masker.template is not self.template:
+            shown = ", ".join(f"{name}: {value}" for name, value in self._masker.template.variables.items())
+            said.append(
+                f"data.mask.thinking: keep_all renders the chat template with {shown}; an inference engine of another "
+                "house must be told the same (chat_template_kwargs)"
+            )
+        if self.unshown_reasoning:
+            said.append(
+                f"the chat template leaves out the reasoning of {self.unshown_reasoning} of {self.reasoned} trained "
+                f"answers that have some: {self._reasoning_remedy()}"
+            )
+        return said
+
+    def _reasoning_remedy(self) -> str:
+        if self.policy.thinking == "as_template" and self.unshown_reasoning < self.reasoned:
+            return (
+                "data.mask.thinking: split trains each answer as the last one, where this template keeps it; keep_all "
+                "asks the template to keep it everywhere"
+            )
+        split = "try data.mask.thinking: split, " if self.policy.thinking == "as_template" else ""
+        return f"{split}write it into the content as <think>…</think>, or name another model.chat_template"
 
     def samples(self, record: Record) -> list[Sample]:
         """The samples of a record: one, or several for `overlong: split` and `thinking: split`.
@@ -188,12 +217,12 @@ class Encoder:
 
     def _rows(self, record: Chat | Completion | Text, *, whole: bool = False) -> list[Row]:
         if isinstance(record, Chat):
-            return [self._chat(one, whole=whole) for one in self._per_answer(record)]
+            return [self._chat(one, whole=whole) for one in self.per_answer(record)]
         if isinstance(record, Completion):
             return [self._completion(record)]
         return [self._text(record)]
 
-    def _per_answer(self, chat: Chat) -> list[Chat]:
+    def per_answer(self, chat: Chat) -> list[Chat]:
         """`thinking: split`: one conversation per trained answer, ending with it; else the conversation itself."""
         if self.policy.thinking != "split":
             return [chat]
@@ -309,7 +338,8 @@ class Encoder:
 
     def _note_masked(self, masked: Masked) -> None:
         self.escaped += masked.escaped
-        self.unshown_reasoning += masked.unshown_reasoning
+        self.reasoned += len(masked.reasoned)
+        self.unshown_reasoning += len(masked.unshown)
         if masked.escaped:
             how = "let through" if self.policy.injection == "allow" else "made plain text"
             self._note(f"with control strings {how}", masked.escaped, "control strings")

@@ -14,7 +14,7 @@ from typing import Any
 from luthier.contracts.record import Chat
 from luthier.data.provenance import Span, Trace
 from luthier.data.tokens import missing_tokens
-from luthier.data.turns import NotProvable
+from luthier.data.turn_habits import NotProvable
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def check_shown(chat: Chat, found: Trace) -> None:
         if seen < number:
             raise NotProvable(
                 f"the template drops {what} message {message} ({role})",
-                "name a template that prints it in model.chat_template (chatml comes along), or change the row",
+                "the template prints one call a turn: write each call as a turn of its own, with its result behind it"
+                if kind != "content" and seen and len(chat.messages[message].get("tool_calls") or ()) > 1
+                else "name a template that prints it in model.chat_template (chatml comes along), or change the row",
             )
         if seen > number and kind == "content" and role == "assistant":
             raise NotProvable(f"the template prints {what} message {message} ({role}) more than once")
@@ -100,11 +102,14 @@ def _plain_leaves(message: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def unshown(chat: Chat, found: Trace) -> int:
-    """Answers that have reasoning which the text does not show."""
-    shown = {span.message for span in found.spans if span.kind == "reasoning"}
-    given = {message for message, kind in found.wanted if kind == "reasoning"}
-    return len(given - shown)
+def reasoned(found: Trace) -> frozenset[int]:
+    """Messages that have reasoning."""
+    return frozenset(message for message, kind in found.wanted if kind == "reasoning")
+
+
+def unshown(found: Trace) -> frozenset[int]:
+    """Messages that have reasoning which the text does not show."""
+    return reasoned(found) - {span.message for span in found.spans if span.kind == "reasoning"}
 
 
 def broken_controls(text: str, found: Trace, tokenizer: Any) -> list[str]:

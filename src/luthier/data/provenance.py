@@ -191,7 +191,7 @@ class _Wrapper:
     def _content(self, index: int, value: Any, role: str) -> Any:
         if isinstance(value, (list, tuple)):
             return [
-                {**part, "text": self._mark(index, "content", part["text"])}
+                {**part, "text": self._content(index, part["text"], role)}
                 if isinstance(part, Mapping) and isinstance(part.get("text"), str)
                 else part
                 for part in value

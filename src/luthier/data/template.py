@@ -65,6 +65,7 @@ class Template:
     tool_use: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
+    override: str = ""  # what overrides.py changed in the text, and why
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variables) - ALLOWED_VARIABLES)
