@@ -189,6 +189,9 @@ def _encoded(encoder: Encoder, record: Record, account: Account, bad: _Bad) -> l
     samples = [sample for sample in samples if _scored(sample)]
     if not samples:
         account.drop("no token to train", record.source)
+        return []
+    for what, change in getattr(encoder, "changes", {}).items():
+        account.change(what, change, record.source)
     return samples
 
 
