@@ -104,6 +104,7 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)
+    notes += encoder.notes()
     loaded, trunk = _open(recipe, method, precision, device, objective.reads)
     if loaded.new_head:
         notes.append("the score head is new: it starts at random, from train.seed")

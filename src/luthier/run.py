@@ -32,7 +32,7 @@ from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import drained, prepare
-from luthier.data.show import shown
+from luthier.data.show import remarks, shown
 from luthier.data.stream import Stream, StreamSpec
 from luthier.disk.durable import replace_text, unwritable
 from luthier.disk.lock import hold
@@ -144,13 +144,20 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def data_rows(recipe: Recipe, rows: int, listen: Callable[[Event], None] | None = None) -> Iterator[dict[str, Any]]:
-    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair."""
-    notes: list[str] = []
+def data_rows(
+    recipe: Recipe, rows: int, notes: list[str] | None = None, listen: Callable[[Event], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair.
+
+    `notes`: gets what is to be said of all rows, before the first is given.
+    """
+    notes = [] if notes is None else notes
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
     prepared = drained(preparing_rows(recipe, encoder), listen)
+    notes += encoder.notes()
+    records = {record.source: record for record in islice(prepared.train_records, rows)}
     for sample in islice(prepared.train, rows):
-        yield shown(sample, encoder.tokenizer)
+        yield shown(sample, encoder.tokenizer) | remarks(encoder, records.get(sample.source))
 
 
 def data_build(
@@ -162,8 +169,11 @@ def data_build(
 
 def data_check(recipe: Recipe, listen: Callable[[Event], None] | None = None) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
-    encoder = encoder_of(recipe, load_text(recipe.model), [])
-    return drained(preparing_rows(recipe, encoder), listen).ledger
+    notes: list[str] = []
+    encoder = encoder_of(recipe, load_text(recipe.model), notes)
+    ledger = drained(preparing_rows(recipe, encoder), listen).ledger
+    ledger.notes += [*notes, *encoder.notes()]
+    return ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

@@ -15,12 +15,12 @@ import numpy as np
 
 from luthier.contracts.errors import DataError, LuthierError
 from luthier.contracts.record import Record, Sample
-from luthier.data.ledger import Dropped
+from luthier.data.ledger import Change, Dropped
 from luthier.data.pack import compact
 from luthier.data.shelf import Columns
 
 BATCH_ROWS = 128
-_TALLIES = ("escaped", "unshown_reasoning")  # what an encoder counts as it goes
+_TALLIES = ("escaped", "reasoned", "unshown_reasoning")  # what an encoder counts as it goes
 Item = TypeVar("Item")
 
 
@@ -39,6 +39,7 @@ class Outcome:
     scored: int = 0
     dropped: str | None = None
     error: LuthierError | None = None
+    changes: tuple[tuple[str, Change], ...] = ()  # what was done to a row that is kept
 
 
 @dataclass
@@ -76,7 +77,8 @@ def _encoded(encoder: Encoder, record: Record, columns: Columns) -> Outcome:
         return Outcome(dropped="no token to train")
     for sample in kept:
         columns.add(sample)
-    return Outcome(len(kept), sum(sample.length for sample in kept), sum(scored))
+    changes = tuple(getattr(encoder, "changes", {}).items())
+    return Outcome(len(kept), sum(sample.length for sample in kept), sum(scored), changes=changes)
 
 
 def _scored(sample: Sample) -> int:

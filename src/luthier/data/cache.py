@@ -29,7 +29,7 @@ from typing import Any
 from luthier.contracts import record
 from luthier.data.contents import Content
 from luthier.data.encode import Encoder
-from luthier.data.ledger import Account, Ledger, Reason
+from luthier.data.ledger import Account, Ledger
 from luthier.data.pairs import ChosenSide
 from luthier.data.stored import MAKING, Stored, Unusable, opened, size_of
 from luthier.recipe.recipe import DataSection
@@ -170,19 +170,16 @@ def tidy(limit: int, keep: Path) -> None:
             total -= entry.bytes
 
 
+def ledger_table(ledger: Ledger) -> dict[str, Any]:
+    """A ledger as plain data; `ledger_of` undoes it."""
+    accounts = [account.to_json() for account in ledger.accounts]
+    return {"accounts": accounts, "rejects": ledger.rejects, "leaked": ledger.leaked, "notes": ledger.notes}
+
+
 def ledger_of(told: Mapping[str, Any]) -> Ledger:
-    """Inverse of dataclasses.asdict for a ledger."""
-    accounts = [
-        Account(**{
-            **account,
-            **{name: {what: Reason(**reason) for what, reason in account[name].items()} for name in _REASONS},
-        })
-        for account in told["accounts"]
-    ]  # fmt: skip
-    return Ledger(**{**told, "accounts": accounts})
-
-
-_REASONS = ("dropped", "rejected")
+    """Inverse of `ledger_table`."""
+    accounts = [Account.from_json(account) for account in told["accounts"]]
+    return Ledger(accounts, list(told["rejects"]), leaked=told["leaked"], notes=list(told["notes"]))
 
 
 def _json(value: Any) -> bytes:

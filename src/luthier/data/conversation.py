@@ -29,6 +29,7 @@ _BEFORE: dict[str, set[str | None]] = {  # role -> what may stand before it
 }
 _EXTRA = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning")
+_SPANS = ("train_detail", "training_detail")  # Axolotl: stretches of characters
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -82,6 +83,15 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
+    for name in _SPANS:
+        if message.get(name) is not None:
+            raise wrong(
+                "stretches of a message cannot have weights of their own",
+                source,
+                f"{place}.{name}",
+                value=kind_of(message[name]),
+                remedy="give the whole message a weight, or use rows of segments",
+            )
     for name in _WEIGHTS:
         value = message.get(name)
         if value is None:

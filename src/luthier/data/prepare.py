@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from luthier.data import cache
 from luthier.data.batches import Answer, Encoder, credit, grouped, tallies
 from luthier.data.contents import Content, Pace, digest_of, looked_at, untouched
 from luthier.data.faults import Faults
-from luthier.data.kept import Ints, Kept, divided
+from luthier.data.kept_rows import Ints, Kept, divided
 from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Account, Ledger
 from luthier.data.paths import expand
@@ -217,7 +217,8 @@ class _Preparing:
 
     def _tables(self, counted: Mapping[str, int]) -> dict[str, Any]:
         files, shapes = list(self.columns.files), list(self.columns.shapes)
-        return {"files": files, "shapes": shapes, "ledger": asdict(self.ledger), "tallies": dict(counted)}
+        ledger = cache.ledger_table(self.ledger)
+        return {"files": files, "shapes": shapes, "ledger": ledger, "tallies": dict(counted)}
 
     def _read(self, kept: Kept, making: Making | None) -> Generator[Event, None, None]:
         """Rows in batches through the encoder, and what became of them replayed in their order."""
@@ -285,6 +286,8 @@ def _replay(batch: Sequence[Read], answer: Answer, kept: Kept, bad: _Bad) -> Non
             account.samples += read.copies * outcome.samples
             account.tokens += read.copies * outcome.tokens
             account.scored_tokens += read.copies * outcome.scored
+            for what, change in outcome.changes:
+                account.change(what, change, read.source)
             kept.add(read, outcome.samples)
 
 

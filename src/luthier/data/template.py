@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +67,7 @@ class Template:
     tool_use: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
+    override: str = ""  # what overrides.py changed in the text, and why
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variables) - ALLOWED_VARIABLES)
@@ -80,7 +81,8 @@ class Template:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To another process as text; it is compiled there."""
-        return Template, (self.text, dict(self.special), self.name, self.tool_use, dict(self.variables), self.now)
+        fields = (self.text, dict(self.special), self.name, self.tool_use, dict(self.variables), self.now)
+        return partial(Template, override=self.override), fields
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -322,10 +324,11 @@ def _compile(text: str, name: str, now: datetime) -> jinja2.Template:
         compiled = _environment(now).from_string(text)
         compiled.globals = dict(compiled.globals)  # a chain of dictionaries is slow, and each render reads all of it
         return compiled
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
+    except Exception as error:  # noqa: BLE001 - jinja's own, and those of Python on what jinja compiled it to
+        line = getattr(error, "lineno", None) if isinstance(error, TemplateError) else None
         raise DataError(
-            "the chat template does not parse", where=f"{name}:{line}" if line else name, value=error.message,
+            "the chat template does not parse", where=f"{name}:{line}" if line else name,
+            value=getattr(error, "message", None) or f"{type(error).__name__}: {error}",
             remedy="mend it, or give another in model.chat_template",
         ) from None  # fmt: skip
 

@@ -108,8 +108,7 @@ class Vocabulary:
         self.control = {
             text: index
             for text, index in self.added.items()
-            if text.strip() and text != tokenizer.unk_token
-            and (text in special or text in known or MARKUP.fullmatch(text))
+            if text.strip() and (text in special or text in known or MARKUP.fullmatch(text))
         }  # fmt: skip
         self.size = max([len(tokenizer), *(index + 1 for index in self.added.values())])
         self._is_control = np.zeros(self.size, dtype=bool)
@@ -117,6 +116,7 @@ class Vocabulary:
         self.names = {index: text for text, index in self.control.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.unknown: int | None = self.added.get(str(tokenizer.unk_token))
         self._twins: tuple[Tokenizer, Tokenizer] | None = None
         self._check_round_trip()
 
@@ -150,8 +150,12 @@ class Vocabulary:
         return quick_words(self.tokenizer)
 
     def controls(self, encoded: Encoded) -> Ints:
-        """Positions of control tokens."""
-        return np.flatnonzero(self._is_control[encoded.ids_T])
+        """Positions of control tokens. The unknown token is one only where it was written out."""
+        found = np.flatnonzero(self._is_control[encoded.ids_T])
+        if self.unknown is None or not (encoded.ids_T[found] == self.unknown).any():
+            return found
+        written = [self._written(encoded, int(i)) or int(encoded.ids_T[i]) != self.unknown for i in found]
+        return found[np.asarray(written, dtype=bool)]
 
     def encode_neutral(self, encoded: Encoded, drop: Ints) -> Encoded:
         """The same text with the control tokens at positions `drop` encoded as the characters they are written in."""
@@ -159,7 +163,7 @@ class Vocabulary:
         kept = controls[~np.isin(controls, drop)]
         every = self._sections(encoded, controls)
         made = self._sections(encoded, kept)
-        left = int(self._is_control[made.ids_T].sum())
+        left = len(self.controls(made))
         if not np.array_equal(every.ids_T, encoded.ids_T) or left != len(kept):
             raise DataError(
                 "control strings in the content cannot be neutralised with this tokenizer",
@@ -168,6 +172,9 @@ class Vocabulary:
                 remedy="remove them from the row, or set data.injection: error | allow",
             )  # fmt: skip
         return made
+
+    def _written(self, encoded: Encoded, i: int) -> bool:
+        return encoded.text[encoded.start_T[i] : encoded.end_T[i]].strip() == self.tokenizer.unk_token
 
     def _sections(self, encoded: Encoded, kept: Ints) -> Encoded:
         """Encode between the kept control tokens with the twin that knows no added tokens."""

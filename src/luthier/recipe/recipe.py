@@ -106,8 +106,10 @@ class DataSection(Section):
     max_tokens: Int = _field(
         2048, "Longest sequence; memory grows with it, rows beyond it go by `overlong`.", unit="tokens", ge=8
     )
-    overlong: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = _field(
-        "drop", "Rows beyond max_tokens; drop counts them in the ledger, split makes several rows of a text."
+    overlong: Literal["drop", "truncate_left", "truncate_right", "truncate_turns", "split", "error"] = _field(
+        "drop",
+        "Rows beyond max_tokens; drop counts them in the ledger, truncate_turns leaves out the oldest exchanges, "
+        "split makes several rows.",
     )
     packing: Literal["forest", "none"] = _field(
         "forest", "forest packs rows without padding and without contamination; none runs each row alone (slow)."
