@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, cast
 from luthier.contracts.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
-MAX_FILE_BYTES = 2 * 2**30  # of a format that has to be read whole (a JSON array)
 _CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -72,18 +71,23 @@ def lines(path: str, cap: int = MAX_LINE_BYTES) -> Iterator[Line]:
             yield Line(number, start, whole, data.endswith(b"\n"))
 
 
-def read_all(path: str) -> bytes:
-    """The whole file, without its byte order mark; refused over the cap."""
+def chunks(path: str, size: int = _CHUNK) -> Iterator[bytes]:
+    """The uncompressed content piece by piece, with its byte order mark if it has one."""
     with open_bytes(path) as stream:
-        data = _read(path, 0, lambda: stream.read(MAX_FILE_BYTES + 1))
-    if len(data) > MAX_FILE_BYTES:
-        raise DataError(
-            f"a JSON array is read whole and may not exceed {MAX_FILE_BYTES} bytes",
-            where=path,
-            remedy="write it as JSON Lines, one object per line (.jsonl)",
-        )
-    _refuse_utf16(path, data)
-    return data.removeprefix(BOM)
+        offset = 0
+        while data := _read(path, offset, lambda: stream.read(max(size, len(BOM)))):
+            if not offset:
+                _refuse_utf16(path, data)
+            offset += len(data)
+            yield data
+
+
+def not_utf8(place: str, byte: int, offset: int) -> DataError:
+    """The error of a byte that begins no character; `offset` counts bytes of the uncompressed file."""
+    return DataError(
+        "not UTF-8", where=place, value=f"byte 0x{byte:02x} at byte {offset} of the file",
+        remedy="convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW (or the encoding it has)",
+    )  # fmt: skip
 
 
 def unreadable(path: str, error: Exception) -> DataError:

@@ -19,6 +19,7 @@ from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
 
 _FIRST_ROWS = 10
+_MEDIA = ("images", "videos", "audios", "image", "video", "audio")
 
 
 class Format(Protocol):
@@ -82,11 +83,23 @@ def records(
                     value=_columns(row),
                     remedy=f"it needs {chosen.COLUMNS}; rows of another format go into another file",
                 )
+            _refuse_media(row, source)
             record = chosen.read(row, source)
         except DataError as error:
             on_bad(error, source)
         else:
             yield record
+
+
+def _refuse_media(row: Mapping[str, Any], source: Source) -> None:
+    """Text about a picture that nobody shows would be learned as if it were known by heart."""
+    for name in _MEDIA:
+        value = row.get(name)
+        if value and (name.endswith("s") or isinstance(value, Mapping | bytes)):
+            raise DataError(
+                f"the row has {name}, and only text is trained on", where=f"{source}:{name}",
+                value=type(value).__name__, remedy="take such rows out, or drop the column if the text stands without",
+            )  # fmt: skip
 
 
 def _columns(row: Mapping[str, Any]) -> str:

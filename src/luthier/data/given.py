@@ -1,10 +1,10 @@
-"""Rows whose mask is given: Segments (text in labelled pieces) and Tokens (ids with labels). No template, nothing added.
+"""Rows whose mask is given: Segments (text in labelled pieces), Tokens (ids with labels). No template, nothing added.
 
-    Segments   one text, tokenised whole; a token trains where its piece does. Where a token would hold letters of a
-               trained and an untrained piece, the pieces are tokenised apart (as Axolotl does, and as inference sees
-               the border), if that decodes to the same text; else the side of its visible letters decides, and a
-               token with letters of both is an error.
-    Tokens     ids as they are, checked against the vocabulary; trained where the label is not -100.
+Segments   one text, tokenised whole; a token trains where its piece does. Where a token would hold letters of a
+           trained and an untrained piece, the pieces are tokenised apart (as Axolotl does, and as inference sees
+           the border), if that decodes to the same text; else the side of its visible letters decides, and a
+           token with letters of both is an error.
+Tokens     ids as they are, checked against the vocabulary; trained where the label is not -100.
 """
 
 from __future__ import annotations

@@ -18,10 +18,15 @@ _SUSPECT = re.compile(r"\\u(?:[dD][89abAB]|[dD][c-fC-F]|0000)")
 
 
 class Fault(ValueError):
-    """What is wrong with a JSON text; `position` counts characters from 0."""
+    """What is wrong with a JSON text; `position` counts characters from 0.
 
-    def __init__(self, what: str, position: int, *, remedy: str | None = None, cut: bool = False) -> None:
-        self.what, self.position, self.cut = what, position, cut
+    `cut`: the text ends too early. `sound`: its syntax may be right, so that a reader can go on behind the value.
+    """
+
+    def __init__(
+        self, what: str, position: int, *, remedy: str | None = None, cut: bool = False, sound: bool = False
+    ) -> None:  # fmt: skip
+        self.what, self.position, self.cut, self.sound = what, position, cut, sound
         self.remedy = remedy or "write valid JSON there"
         super().__init__(what)
 
@@ -46,9 +51,9 @@ class Reader:
         except json.JSONDecodeError as error:
             raise _syntax(text, error) from error
         except RecursionError:
-            raise Fault(f"nested deeper than {MAX_DEPTH}", start) from None
+            raise Fault(f"nested deeper than {MAX_DEPTH}", start, sound=True) from None
         except ValueError:  # an integer of more digits than Python converts
-            raise Fault("a number has thousands of digits", start) from None
+            raise Fault("a number has thousands of digits", start, sound=True) from None
         if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             self._note(f"nested deeper than {MAX_DEPTH}")
         if _SUSPECT.search(text, start, end):

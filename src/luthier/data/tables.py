@@ -1,6 +1,7 @@
 """Rows of tables: CSV and TSV (own byte lines, so that faults keep their line), Parquet and Arrow IPC (pyarrow).
 
-Cells of a CSV are text and stay text. Rows of Parquet and Arrow are numbered from 1.
+Cells of a CSV are text and stay text. Rows of Parquet and Arrow are numbered from 1. Their columns give every object
+the fields of all: a field that is null inside an object is one that the row did not have, and is left out again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, open_bytes
+from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, not_utf8, open_bytes
 
 _BATCH_ROWS = 1024
 csv.field_size_limit(MAX_LINE_BYTES)
@@ -97,10 +98,7 @@ def _decoded(path: str) -> Iterator[str]:
         try:
             yield line.data.decode("utf-8") + "\n"
         except UnicodeDecodeError as error:
-            raise DataError(
-                "not UTF-8", where=f"{place}:{error.start + 1}", value=f"byte 0x{line.data[error.start]:02x}",
-                remedy="convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW (or the encoding it has)",
-            ) from error  # fmt: skip
+            raise not_utf8(f"{place}:{error.start + 1}", line.data[error.start], line.start + error.start) from error
 
 
 def _header(cells: list[str], place: str) -> list[str]:
@@ -115,9 +113,21 @@ def _header(cells: list[str], place: str) -> list[str]:
 def _numbered(path: str, batches: Any) -> Iterator[tuple[dict[str, Any], Source]]:
     number = 0
     for batch in batches:
+        nested = [field.name for field in batch.schema if field.type.num_fields]
         for row in batch.to_pylist():
             number += 1
+            for name in nested:
+                row[name] = _without_nulls(row[name])
             yield row, Source(path, number)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without their null fields, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value[:1] + value[-1:]):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _seekable(path: str, stream: Any) -> Any:
@@ -141,7 +151,7 @@ class _arrow_faults:
     """Arrow's faults in our words."""
 
     def __init__(self, path: str, pyarrow: Any) -> None:
-        self.path, self.faults = path, (pyarrow.ArrowException, OSError, EOFError)
+        self.path, self.faults = path, (pyarrow.ArrowException, OSError, EOFError, ValueError, OverflowError)
 
     def __enter__(self) -> None: ...
 

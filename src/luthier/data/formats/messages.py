@@ -1,7 +1,8 @@
 """`messages`: a list of {"role", "content"}, as of OpenAI's fine-tuning files and most data sets of today.
 
-Read beside them: `tools` (or OpenAI's older `functions`), per message `tool_calls` (arguments as object or JSON string), `weight` (0 or 1; also
-`loss_weight`, `loss`, `train`), `reasoning_content`, content as a list of text parts. Leaves out: images, audio.
+Read beside them: `tools` (or OpenAI's older `functions`), per message `tool_calls` (arguments as object or JSON
+string), `weight` (0 or 1; also `loss_weight`, `loss`, `train`), `reasoning_content`, content as a list of text parts.
+Leaves out: images, audio.
 """
 
 from __future__ import annotations

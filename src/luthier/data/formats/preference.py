@@ -8,10 +8,10 @@
                    | messages | input {messages, tools} (OpenAI) | what both answers begin with, where no column says it
 
 Two texts and a prompt of text are raw (Completion, no chat template); with turns, or a `system` column, they are
-conversations, and so they are with ms-swift's `query` and `response`. Where both answers are whole conversations, they begin with the prompt, and a prompt column is not read.
-Two whole texts without a prompt are cut after the last "\\n\\nAssistant:" that both have (Anthropic's HH), else before
-the word at which they part (TRL cuts inside the word). `margin` is a number where it is given; scores of other names
-are not read as one.
+conversations, and so they are with ms-swift's `query` and `response`. Where both answers are whole conversations, they
+begin with the prompt, and a prompt column is not read. Two whole texts without a prompt are cut after the last
+"\\n\\nAssistant:" that both have (Anthropic's HH), else before the word at which they part (TRL cuts inside the word).
+`margin` is a number where it is given; scores of other names are not read as one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`unpaired`: one answer and whether it is good; a Judged.
 
-The answer stands as in `messages`, `sharegpt`, `alpaca`, `query_response` or `prompt_completion`; beside it `label` (TRL) or `kto_tag`
-(LLaMA-Factory): true or false. Numbers are no labels, because 1 to 5 stars would be read as "all good". A file of
-conversations with a column `label` that means something else is read by naming its format in the recipe.
+The answer stands as in `messages`, `sharegpt`, `alpaca`, `query_response` or `prompt_completion`; beside it `label`
+(TRL) or `kto_tag` (LLaMA-Factory): true or false. Numbers are no labels, because 1 to 5 stars would be read as "all
+good". A file of conversations with a column `label` that means something else is read by naming its format in the
+recipe.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ _WORDS = {"true": True, "false": False}  # cells of a csv
 
 def detect(row: Mapping[str, Any]) -> bool:
     return any(name in row for name in _LABELS) and any(
-        (messages.detect(row), sharegpt.detect(row), alpaca.detect(row), query_response.detect(row),
-         "prompt" in row and "completion" in row)
+        (
+            messages.detect(row),
+            sharegpt.detect(row),
+            alpaca.detect(row),
+            query_response.detect(row),
+            "prompt" in row and "completion" in row,
+        )
     )
 
 
