@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 from typing import Any, Protocol, cast
@@ -17,6 +18,8 @@ from typing import Any, Protocol, cast
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
+from luthier.data.cells import from_cells
+from luthier.data.paths import kind
 
 _FIRST_ROWS = 10
 _MEDIA = ("images", "videos", "audios", "image", "video", "audio")
@@ -64,16 +67,31 @@ def pick(rows: Sequence[tuple[Mapping[str, Any], Source]]) -> Format:
     raise DataError("no known format has these columns", where=str(source), value=_columns(row), remedy=remedy)
 
 
+@dataclass
+class Sibling:
+    """The first file of a source, beside which its later files are looked at."""
+
+    file: str
+    format: str | None = None
+    columns: frozenset[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 def records(
     rows: Iterator[tuple[Mapping[str, Any], Source]],
     on_bad: Callable[[DataError, Source], None],
     name: str | None = None,
+    sibling: Sibling | None = None,
 ) -> Iterator[Record]:
     """Records of one file's rows; a row that is wrong goes to `on_bad`."""
     first = list(islice(rows, 1 if name else _FIRST_ROWS))
     if not first:
         return
-    chosen = named(name) if name else pick(first)
+    if kind(first[0][1].file) == "csv":
+        first, rows = [(from_cells(row), at) for row, at in first], ((from_cells(row), at) for row, at in rows)
+    sibling = sibling or Sibling(first[0][1].file)
+    chosen = named(name) if name else _picked(first, sibling)
+    _beside(sibling, chosen.NAME, first)
     for row, source in chain(first, rows):
         try:
             if not chosen.detect(row):
@@ -89,6 +107,31 @@ def records(
             on_bad(error, source)
         else:
             yield record
+
+
+def _picked(first: Sequence[tuple[Mapping[str, Any], Source]], sibling: Sibling) -> Format:
+    """The format of a file; where it has none, its columns beside those of the first file of the source."""
+    try:
+        return pick(first)
+    except DataError as error:
+        if sibling.columns is None:
+            raise
+        missing = ", ".join(sorted(sibling.columns - first[0][0].keys())) or "none"
+        what = f"{error.what}; {sibling.file} of the same source is {sibling.format}, and these are missing: {missing}"
+        raise DataError(what, where=error.where, value=error.value, remedy=error.remedy) from error
+
+
+def _beside(sibling: Sibling, format_: str, first: Sequence[tuple[Mapping[str, Any], Source]]) -> None:
+    """Notes where a later file of a table has other columns than the first: an optional one is easily lost."""
+    columns, file = frozenset(first[0][0]), first[0][1].file
+    if sibling.columns is None:
+        sibling.format, sibling.columns = format_, columns
+    elif sibling.format != format_:
+        sibling.notes.append(f"{file} is {format_}, {sibling.file} of the same source is {sibling.format}")
+    elif columns != sibling.columns and kind(file) in ("parquet", "arrow", "csv"):
+        less, more = (", ".join(sorted(s)) for s in (sibling.columns - columns, columns - sibling.columns))
+        said = " and ".join([f"lacks {less}"] * bool(less) + [f"has {more} besides"] * bool(more))
+        sibling.notes.append(f"{file} {said}, beside {sibling.file} of the same source")
 
 
 def _refuse_media(row: Mapping[str, Any], source: Source) -> None:

@@ -1,7 +1,8 @@
 """Directories that `datasets` saved: which Arrow files they hold, in which order, of which split.
 
-`save_to_disk` writes `state.json` with the names of its files; a DatasetDict writes `dataset_dict.json` and a folder for
-each split. A file that the state names and the directory lacks is an error: the rows would be missing without a word.
+`save_to_disk` writes `state.json` with the names of its files; a DatasetDict writes `dataset_dict.json` and a folder
+for each split. A file that the state names and the directory lacks is an error: its rows would be missing without a
+word.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
 from luthier.data.bytestream import Line, ends_early, lines, not_utf8
 from luthier.data.json_file import JsonLines, not_an_object, read_json, too_long
-from luthier.data.paths import ENDINGS, is_hub_id, kind
+from luthier.data.paths import ENDINGS, HUB, is_hub_id, kind
 from luthier.data.strict_json import Fault, parse
 from luthier.data.tables import read_arrow, read_delimited, read_parquet
 
@@ -35,10 +35,10 @@ OnBad = Callable[[DataError, Source], None]
 Row = tuple[dict[str, Any], Source]
 
 
-def read_rows(path: str, on_bad: OnBad, *, split: str | None = None) -> Iterator[Row]:
-    """The rows of one file of `paths.expand`; `split` chooses that of a hub data set."""
+def read_rows(path: str, on_bad: OnBad, *, split: str | None = None, subset: str | None = None) -> Iterator[Row]:
+    """The rows of one file of `paths.expand`; `split` and `subset` choose those of a hub data set."""
     if is_hub_id(path):
-        return read_hub(path, split or "train")
+        return read_hub(path.removeprefix(HUB), split or "train", subset)
     known = kind(path)
     if known == "jsonl":
         return _json_lines(path, on_bad)
@@ -55,7 +55,7 @@ def read_rows(path: str, on_bad: OnBad, *, split: str | None = None) -> Iterator
     raise DataError("the file's ending says nothing about its form", where=path, remedy=f"one of {' '.join(ENDINGS)}")
 
 
-def read_hub(name: str, split: str) -> Iterator[Row]:
+def read_hub(name: str, split: str, subset: str | None = None) -> Iterator[Row]:
     """Rows of a data set of the hub, if `datasets` is installed and the network allowed."""
     remedy = (
         "give a local file: .jsonl, .json, .parquet, .csv (hub data sets need `pip install datasets` and a network)"
@@ -70,7 +70,7 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
         raise DataError(f"no such file, and as a data set of the hub it cannot be fetched: {reason}", where=name,
                         remedy=remedy)  # fmt: skip
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the network has many names for its faults
         first = (str(error).splitlines() or [""])[0][:200]
         raise DataError(f"the hub did not give the data set ({type(error).__name__}: {first})", where=name,

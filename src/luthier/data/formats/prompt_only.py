@@ -17,7 +17,7 @@ NAME = "prompt_only"
 COLUMNS = "prompt [tools, and any column that a reward reads] (without an answer)"
 RANK = 70
 _ANSWERS = (
-    "completion", "completions", "response", "chosen", "rejected", "output", "label", "conversations",
+    "completion", "completions", "response", "chosen", "rejected", "output", "conversations",
     "rejected_response",
 )  # fmt: skip
 
