@@ -57,11 +57,14 @@ def named(name: str) -> Format:
 
 
 def pick(rows: Sequence[tuple[Mapping[str, Any], Source]]) -> Format:
-    """The format of the first of these rows that has one."""
-    for row, _ in rows:
-        for item in known():
-            if item.detect(row):
-                return item
+    """The format that most of these rows have; of equally many, that of the first row.
+
+    Not that of the first row alone: one that lacks its label would make all judged answers answers to be learned.
+    """
+    found = [next((item for item in known() if item.detect(row)), None) for row, _ in rows]
+    formats = [item for item in found if item is not None]
+    if formats:
+        return max(formats, key=formats.count)
     row, source = rows[0]
     remedy = "rename columns to those of a format: " + "; ".join(f"{i.NAME}: {i.COLUMNS}" for i in known())
     raise DataError("no known format has these columns", where=str(source), value=_columns(row), remedy=remedy)

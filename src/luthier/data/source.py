@@ -26,10 +26,11 @@ from typing import Any
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
 from luthier.data.bytestream import Line, ends_early, lines, not_utf8
+from luthier.data.columnar import read_arrow, read_parquet
 from luthier.data.json_file import JsonLines, not_an_object, read_json, too_long
 from luthier.data.paths import ENDINGS, HUB, is_hub_id, kind
 from luthier.data.strict_json import Fault, parse
-from luthier.data.tables import read_arrow, read_delimited, read_parquet
+from luthier.data.tables import read_delimited
 
 OnBad = Callable[[DataError, Source], None]
 Row = tuple[dict[str, Any], Source]
@@ -47,9 +48,9 @@ def read_rows(path: str, on_bad: OnBad, *, split: str | None = None, subset: str
     if known == "csv":
         return read_delimited(path, "\t" if ".tsv" in os.path.basename(path).lower() else ",", on_bad)
     if known == "parquet":
-        return read_parquet(path)
+        return read_parquet(path, on_bad)
     if known == "arrow":
-        return read_arrow(path)
+        return read_arrow(path, on_bad)
     if known in ("text", "document"):
         return _text(path, on_bad, whole=known == "document")
     raise DataError("the file's ending says nothing about its form", where=path, remedy=f"one of {' '.join(ENDINGS)}")

@@ -1,8 +1,4 @@
-"""Rows of tables: CSV and TSV (own byte lines, so that faults keep their line), Parquet and Arrow IPC (pyarrow).
-
-Cells of a CSV are text and stay text. Rows of Parquet and Arrow are numbered from 1. Their columns give every object
-the fields of all: a field that is null inside an object is one that the row did not have, and is left out again.
-"""
+"""Rows of CSV and TSV: own byte lines, so that faults keep their line. Cells are text and stay text (cells.py)."""
 
 from __future__ import annotations
 
@@ -12,9 +8,8 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, not_utf8, open_bytes
+from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, not_utf8
 
-_BATCH_ROWS = 1024
 csv.field_size_limit(MAX_LINE_BYTES)
 
 
@@ -61,30 +56,6 @@ def read_delimited(
             yield dict(zip(header, cells, strict=True)), source
 
 
-def read_parquet(path: str) -> Iterator[tuple[dict[str, Any], Source]]:
-    """Rows in file order, a batch of them at a time."""
-    pyarrow = _pyarrow(path)
-    import pyarrow.parquet as parquet
-
-    with _arrow_faults(path, pyarrow), open_bytes(path) as stream:
-        table = parquet.ParquetFile(_seekable(path, stream))
-        yield from _numbered(path, table.iter_batches(batch_size=_BATCH_ROWS))
-
-
-def read_arrow(path: str) -> Iterator[tuple[dict[str, Any], Source]]:
-    """Rows of an Arrow IPC file or stream (Feather 2 is an IPC file)."""
-    pyarrow = _pyarrow(path)
-    with _arrow_faults(path, pyarrow), open_bytes(path) as stream:
-        data = _seekable(path, stream)
-        head = data.read(6)
-        data.seek(0)
-        if head == b"ARROW1":
-            file = pyarrow.ipc.open_file(data)
-            yield from _numbered(path, (file.get_batch(i) for i in range(file.num_record_batches)))
-        else:
-            yield from _numbered(path, pyarrow.ipc.open_stream(data))
-
-
 def open_bytes_size(path: str) -> int:
     """Bytes of the uncompressed content."""
     return sum(1 + len(line.data or b"") for line in lines(path))
@@ -108,58 +79,3 @@ def _header(cells: list[str], place: str) -> list[str]:
         raise DataError("the header has an empty or repeated column name", where=place, value=twice[0][:40],
                         remedy="the first line names each column once")  # fmt: skip
     return names
-
-
-def _numbered(path: str, batches: Any) -> Iterator[tuple[dict[str, Any], Source]]:
-    number = 0
-    for batch in batches:
-        nested = [field.name for field in batch.schema if field.type.num_fields]
-        for row in batch.to_pylist():
-            number += 1
-            for name in nested:
-                row[name] = _without_nulls(row[name])
-            yield row, Source(path, number)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Objects without their null fields, at any depth."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value[:1] + value[-1:]):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _seekable(path: str, stream: Any) -> Any:
-    """The stream itself, or its content in memory where it is compressed."""
-    import io
-
-    return stream if not path.lower().endswith((".gz", ".zst", ".zstd")) else io.BytesIO(stream.read())
-
-
-def _pyarrow(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ModuleNotFoundError as error:
-        raise DataError("reading Parquet and Arrow files needs a package", where=path,
-                        remedy="pip install pyarrow") from error  # fmt: skip
-    return pyarrow
-
-
-class _arrow_faults:
-    """Arrow's faults in our words."""
-
-    def __init__(self, path: str, pyarrow: Any) -> None:
-        self.path, self.faults = path, (pyarrow.ArrowException, OSError, EOFError, ValueError, OverflowError)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, self.faults):
-            first = (str(error).splitlines() or [""])[0][:120]
-            raise DataError(
-                f"the file cannot be read as its ending says ({first})",
-                where=self.path,
-                remedy="it may have been cut while being copied: download it again",
-            ) from error
