@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from luthier.contracts.errors import DataError
 
-MAX_LINE_BYTES = 16 * 2**20
+MAX_LINE_BYTES = 8 * 2**20
 _CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -120,7 +120,8 @@ def _read(path: str, offset: int, read: Any) -> bytes:
 
 
 def _refuse_utf16(path: str, head: bytes) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:4:2] == b"\0\0":
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    if marked or head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0":
         raise DataError(
             "the file is UTF-16 (or UTF-32), not UTF-8",
             where=f"{path}:1",

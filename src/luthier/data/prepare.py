@@ -233,7 +233,7 @@ def _must_have_rows(kept: list[_Kept], ledger: Ledger, use: str, section: DataSe
     reasons = Ledger(accounts).reasons
     said = ", ".join(f"{count} {name}" for name, count in reasons.items()) or "the files hold no row"
     remedy = "give rows" if not read else f"raise data.max_tokens (now {section.max_tokens}) or set data.overlong"
-    if set(reasons) <= {"no trained token", "no token to train"}:
+    if reasons and set(reasons) <= {"no trained token", "no token to train"}:
         remedy = "data.mask says what is trained: its roles, last_turn_only"
     if any(account.rejected for account in accounts):
         remedy = "mend the rows: data.bad_rows strict names them"

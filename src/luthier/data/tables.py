@@ -34,7 +34,7 @@ def read_delimited(
             raise DataError(f"not a table of cells ({error})", where=f"{path}:{start}",
                             remedy='quote cells that hold quotes: "a ""word"""') from error  # fmt: skip
         before = reader.line_num
-        if not cells or (header is None and not any(cells)):
+        if not cells or (header is None and not any(cell.strip() for cell in cells)):
             continue
         if header is None:
             header = _header(cells, f"{path}:{start}")
