@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
+from luthier.data.bytestream import lines
 from luthier.data.paths import expand
 from luthier.data.source import read_rows
 
@@ -281,3 +282,25 @@ def test_mutated_files_never_give_a_traceback(tmp_path: Path, data: st.DataObjec
         assert str(path) in failed.line() and failed.remedy
     elif name == "a.jsonl":
         assert sum(counted) == sum(bool(line.strip(b" \t\r")) for line in bytes(content).split(b"\n"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.binary(max_size=30) | st.sampled_from([b"\r", b"\xef\xbb\xbf", b""]), max_size=12), st.integers(1, 50)
+)
+def test_lines_in_blocks_are_the_lines_of_the_file(tmp_path: Path, parts: list[bytes], block: int) -> None:
+    """Against the plain reading of the whole file, whatever the size of a block; too long a line is None."""
+    content, cap = b"\n".join(parts), 12
+    if content[:4].count(b"\0") or content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    wanted, start = [], 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        text = line.removesuffix(b"\r")
+        text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+        wanted.append((number, start, text if len(text) <= cap else None, start + len(line) < len(content)))
+        start += len(line) + 1
+    if not content.split(b"\n")[-1]:
+        wanted.pop()
+    assert [tuple(line) for line in lines(str(path), cap, block)] == wanted

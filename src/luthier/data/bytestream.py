@@ -11,8 +11,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from luthier.contracts.errors import DataError
 
@@ -21,8 +20,7 @@ _CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One physical line without its end; `data` is None when it is longer than the cap."""
 
     number: int
@@ -44,40 +42,51 @@ def open_bytes(path: str) -> BinaryIO:
         raise unreadable(path, error) from error
 
 
-def lines(path: str, cap: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Physical lines; a UTF-8 byte order mark before the first is taken off."""
-    with open_bytes(path) as stream:
-        number, offset = 0, 0
-        while True:
-            data = _read(path, offset, lambda: stream.readline(cap + 2))
-            if not data:
-                return
-            number, start, size = number + 1, offset, len(data)
-            _refuse_utf16(path, data if number == 1 else b"")
-            whole: bytes | None = data
-            if len(data) == cap + 2 and not data.endswith(b"\n"):
-                whole, data = None, b""
-                while not data.endswith(b"\n"):
-                    data = _read(path, offset + size, lambda: stream.readline(_CHUNK))
-                    size += len(data)
-                    if not data:
-                        break
-            offset += size
-            if whole is not None:
-                whole = whole.removesuffix(b"\n").removesuffix(b"\r")
-                if number == 1:
-                    whole = whole.removeprefix(BOM)
-                whole = None if len(whole) > cap else whole
-            yield Line(number, start, whole, data.endswith(b"\n"))
+def lines(path: str, cap: int = MAX_LINE_BYTES, block: int = _CHUNK) -> Iterator[Line]:
+    """Physical lines; a UTF-8 byte order mark before the first is taken off. `block`: bytes read at once."""
+    number, start = 0, 0
+    open_line, passed = b"", 0  # the line whose end is not read yet; how much of it was passed over
+    for data in chunks(path, block):
+        first, *others = data.split(b"\n")
+        if not others and passed:
+            passed += len(first)
+            continue
+        open_line += first if not passed else b""
+        passed += len(first) if passed else 0
+        if not others:
+            if len(open_line) > cap + len(BOM) + 1:
+                open_line, passed = b"", len(open_line)
+            continue
+        *whole, last = others
+        number += 1
+        yield Line(number, start, None if passed else _whole(open_line, number, cap), True)
+        start += (passed or len(open_line)) + 1
+        for line in whole:
+            number += 1
+            yield Line(number, start, _whole(line, number, cap), True)
+            start += len(line) + 1
+        open_line, passed = last, 0
+    if open_line or passed:
+        yield Line(number + 1, start, None if passed else _whole(open_line, number + 1, cap), False)
+
+
+def _whole(line: bytes, number: int, cap: int) -> bytes | None:
+    line = line.removesuffix(b"\r")
+    if number == 1:
+        line = line.removeprefix(BOM)
+    return line if len(line) <= cap else None
 
 
 def chunks(path: str, size: int = _CHUNK) -> Iterator[bytes]:
     """The uncompressed content piece by piece, with its byte order mark if it has one."""
     with open_bytes(path) as stream:
-        offset = 0
-        while data := _read(path, offset, lambda: stream.read(max(size, len(BOM)))):
-            if not offset:
-                _refuse_utf16(path, data)
+        head = _read(path, 0, lambda: stream.read(4))  # enough to know the encoding by
+        _refuse_utf16(path, head)
+        offset = len(head)
+        if head:
+            yield head
+        read = getattr(stream, "read1", stream.read)  # what a compressed stream has ready, up to its damage
+        while data := _read(path, offset, lambda: read(size)):
             offset += len(data)
             yield data
 

@@ -28,8 +28,9 @@ _BEFORE: dict[str, set[str | None]] = {  # role -> what may stand before it
     "tool": {"call", "tool"},
 }
 _CALLS = ("tool_call", "function_call")  # roles of turns whose content is the JSON of a call
+# Classes that rows really have stand before the abstract ones, which are slow to ask.
+OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
-_REASONING = ("reasoning_content", "reasoning")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -50,13 +51,13 @@ def chat(
 
     `answered`: it must end with an answer; else it must end with what is asked.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+    if not isinstance(messages, LIST) or isinstance(messages, str) or not messages:
         raise wrong("there are no messages", source, field, value=kind_of(messages),
                     remedy='a list of {"role", "content"}')  # fmt: skip
     made, weights = [], []
     for index, message in _with_calls(messages, source, field):
         place = f"{field}[{index}]"
-        if not isinstance(message, Mapping):
+        if not isinstance(message, OBJECT):
             raise wrong("a message is not an object", source, place, value=kind_of(message),
                         remedy='{"role": "user", "content": "…"}')  # fmt: skip
         made.append(_message(message, source, place))
@@ -77,7 +78,7 @@ def role_of(value: Any, source: Source, place: str) -> str:
 
 def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = False) -> str:
     """A text, or a list of text parts joined; not empty unless it may be."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if not isinstance(value, str) and isinstance(value, LIST):
         value = "".join(_part(part, source, f"{place}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
         raise wrong("not a text", source, place, value=kind_of(value), remedy="write a string")
@@ -89,6 +90,8 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
+    if message.keys().isdisjoint(_WEIGHTS):
+        return None
     for name in _WEIGHTS:
         value = message.get(name)
         if value is None:
@@ -199,7 +202,7 @@ def _with_calls(messages: Sequence[Any], source: Source, field: str) -> list[tup
     """Numbered messages; turns of role tool_call become calls of one assistant's turn (ms-swift)."""
     made: list[tuple[int, Any]] = []
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in _CALLS:
+        if not isinstance(message, OBJECT) or message.get("role") not in _CALLS:
             made.append((index, message))
             continue
         place = f"{field}[{index}].content"
@@ -218,7 +221,7 @@ def _with_calls(messages: Sequence[Any], source: Source, field: str) -> list[tup
 def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str, Any]:
     role = role_of(message.get("role"), source, f"{place}.role")
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    calls = from_json(calls, source, f"{place}.tool_calls")
+    calls = from_json(calls, source, f"{place}.tool_calls") if calls else calls
     if calls and (role != "assistant" or not isinstance(calls, Sequence)):
         raise wrong("tool calls are a list in an assistant's turn", source, f"{place}.tool_calls",
                     value=kind_of(calls), remedy='[{"type": "function", "function": {…}}]')  # fmt: skip
@@ -234,8 +237,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = next((message[name] for name in _REASONING if message.get(name)), None)
-    if thought is not None:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 

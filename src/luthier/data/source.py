@@ -29,7 +29,7 @@ from luthier.data.bytestream import Line, ends_early, lines, not_utf8
 from luthier.data.columnar import read_arrow, read_parquet
 from luthier.data.json_file import JsonLines, not_an_object, read_json, too_long
 from luthier.data.paths import ENDINGS, HUB, is_hub_id, kind
-from luthier.data.strict_json import Fault, parse
+from luthier.data.strict_json import Fault, Reader, parse
 from luthier.data.tables import read_delimited
 
 OnBad = Callable[[DataError, Source], None]
@@ -81,33 +81,41 @@ def read_hub(name: str, split: str, subset: str | None = None) -> Iterator[Row]:
 
 
 def _json_lines(path: str, on_bad: OnBad) -> Iterator[Row]:
+    reader = Reader("")
     for line in lines(path):
-        source = Source(path, line.number)
         if line.data is not None and not line.data.strip(b" \t\r"):
             continue
-        error, row = _json_line(path, line)
+        error, row = _json_line(path, line, reader)
+        source = Source(path, line.number)
         if error is None and isinstance(row, dict):
             yield row, source
         else:
             on_bad(error or not_an_object(row, str(source)), source)
 
 
-def _json_line(path: str, line: Line) -> tuple[DataError | None, Any]:
-    place = f"{path}:{line.number}"
+def _json_line(path: str, line: Line, reader: Reader) -> tuple[DataError | None, Any]:
     if line.data is None:
-        return too_long(place), None
+        return too_long(f"{path}:{line.number}"), None
     try:
-        return None, parse(line.data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        if error.end == len(line.data) and error.reason == "unexpected end of data" and not line.ended:
-            early = ends_early(path, line.start + len(line.data))
-            return DataError(early.what, where=f"{place}:{error.start + 1}", remedy=early.remedy), None
-        return not_utf8(f"{place}:{error.start + 1}", line.data[error.start], line.start + error.start), None
-    except Fault as fault:
-        if fault.cut and not line.ended:
-            early = ends_early(path, line.start + len(line.data))
-            return DataError(early.what, where=f"{place}:{fault.position + 1}", remedy=early.remedy), None
-        return DataError(fault.what, where=f"{place}:{fault.position + 1}", remedy=fault.remedy), None
+        return None, parse(line.data.decode("utf-8"), reader)
+    except (UnicodeDecodeError, Fault) as error:
+        return _line_error(path, line, error), None
+
+
+def _line_error(path: str, line: Line, error: UnicodeDecodeError | Fault) -> DataError:
+    """What is wrong with a line, at its column."""
+    data, position = line.data or b"", error.start if isinstance(error, UnicodeDecodeError) else error.position
+    place = f"{path}:{line.number}:{position + 1}"
+    if isinstance(error, UnicodeDecodeError):
+        cut = error.end == len(data) and error.reason == "unexpected end of data"
+    else:
+        cut = error.cut
+    if cut and not line.ended:
+        early = ends_early(path, line.start + len(data))
+        return DataError(early.what, where=place, remedy=early.remedy)
+    if isinstance(error, UnicodeDecodeError):
+        return not_utf8(place, data[position], line.start + position)
+    return DataError(error.what, where=place, remedy=error.remedy)
 
 
 def _json(path: str, on_bad: OnBad) -> Iterator[Row]:

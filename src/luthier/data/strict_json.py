@@ -56,7 +56,7 @@ class Reader:
             raise Fault("a number has thousands of digits", start, sound=True) from None
         if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             self._note(f"nested deeper than {MAX_DEPTH}")
-        if _SUSPECT.search(text, start, end):
+        if text.find("\\u", start, end) >= 0 and _SUSPECT.search(text, start, end):
             self._texts(value)
         return value, end
 
@@ -101,11 +101,12 @@ class Reader:
                     self._note("a text holds a lone surrogate (half a character)", "write the character itself")
 
 
-def parse(text: str) -> Any:
-    """The one value that a text is, or Fault."""
-    reader = Reader(text)
+def parse(text: str, reader: Reader | None = None) -> Any:
+    """The one value that a text is, or Fault. A reader that is given is used again: it is costly to make."""
+    reader = reader or Reader("")
+    reader.text = text
     value, end = reader.value(reader.skip(0))
-    rest = reader.skip(end)
+    rest = reader.skip(end) if end != len(text) else end
     if rest != len(text):
         raise Fault(
             "something follows the JSON value", rest, remedy="one object per line, nothing after it (a comma neither)"
