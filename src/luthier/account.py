@@ -25,8 +25,8 @@ from luthier.artifact.adapter_config import PEFT_TYPES
 from luthier.artifact.card import CardFacts, card
 from luthier.assembly import Assembled
 from luthier.checked import gate_of
-from luthier.engine.durable import replace_text
-from luthier.engine.fault import fault
+from luthier.disk.durable import replace_text
+from luthier.disk.fault import fault
 from luthier.engine.gate import GateFailure, run_gate
 from luthier.engine.journal import summary
 from luthier.engine.plot import draw_loss

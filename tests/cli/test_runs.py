@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from luthier.cli.main import main
-from luthier.engine.lock import hold
+from luthier.disk.lock import hold
 from luthier.recipe.recipe import Recipe
 
 Capture = pytest.CaptureFixture[str]

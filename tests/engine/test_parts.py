@@ -14,10 +14,10 @@ from engine import rig
 from luthier.contracts.errors import CheckpointError, RecipeError
 from luthier.contracts.event import Evaluated, Noted, Resumed, Saved, StepDone
 from luthier.contracts.method import Method
+from luthier.disk.lock import hold, holder, is_running
 from luthier.engine import journal as journals
 from luthier.engine.guard import Guard
 from luthier.engine.journal import Journal, metric_rows, read, summary
-from luthier.engine.lock import hold, holder, is_running
 from luthier.engine.memory import held_bytes, is_out_of_memory
 from luthier.engine.optimizer import build_optimizer, load_state, set_learning_rate, state_tensors
 from luthier.engine.plot import draw_loss

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from luthier.contracts.errors import RecipeError, UsageError
-from luthier.engine.lock import is_running
+from luthier.disk.lock import is_running
 from luthier.recipe.document import parse
 
 _MARKS = ("journal.jsonl", "resolved.yaml", "report.json")

@@ -1,6 +1,6 @@
 """`luthier schema`: the JSON Schema of recipes (draft 2020-12), and its generator.
 
-The sections come from recipe/recipe.py, methods, objectives and regularizers from their dataclasses: a field's type
+The sections come from recipe/recipe.py, methods, objectives, regularizers and steps from their dataclasses: a type
 from its annotation, its words from `metadata={"doc": ..., "unit": ...}`, its default from the field. The generator
 stands here because it imports these rooms, which recipe/ must not; what it writes is package data.
 """
@@ -54,6 +54,7 @@ def generate() -> dict[str, Any]:
         properties[section] = {"description": properties[section]["description"], **_room(room)}
         properties[section]["default"] = {"method": "lora", "objective": "sft"}[section]
     _named_list(properties, "regularizers")
+    _named_list(schema["$defs"]["DataSection"]["properties"], "steps")
     for section in ("model", "data"):  # `model: path`, `data: file`
         properties[section] = {"description": properties[section]["description"],
                                "anyOf": [_SHORT, {"$ref": properties[section]["$ref"]}]}  # fmt: skip
@@ -78,7 +79,7 @@ def generate() -> dict[str, Any]:
 
 
 def _named_list(properties: dict[str, Any], room: str) -> None:
-    """`regularizers: neftune`, or a list of names and mappings."""
+    """`regularizers: neftune`, `steps: clean`, or a list of names and mappings."""
     items = _room(room)
     names = [branch for branch in items["oneOf"] if branch.get("type") == "string"]
     properties[room] = {

@@ -101,6 +101,7 @@ class _Entry:
         if asked.max_rows is not None:
             limit = min(asked.max_rows, limit or asked.max_rows)
         given = {name: getattr(asked, name) for name in ("weight", "train_roles", "shard")}
+        given["name"] = asked.name or self.name
         return DataSource(
             path=path, split=split, subset=subset, format=format_, columns=columns, role_names=self._role_names(),
             max_rows=limit, **given,

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record, Source
 from luthier.data import formats as folder
+from luthier.data.built import original
 from luthier.data.cells import from_cells
 from luthier.data.paths import kind
 
@@ -57,14 +58,17 @@ def named(name: str) -> Format:
 
 
 def pick(rows: Sequence[tuple[Mapping[str, Any], Source]]) -> Format:
-    """The format that most of these rows have; of equally many, that of the first row.
+    """The format of the first of these rows that has one; of most rows, where the first only lacks a column of theirs.
 
-    Not that of the first row alone: one that lacks its label would make all judged answers answers to be learned.
+    A first row without its label would otherwise make all judged answers answers to be learned.
     """
-    found = [next((item for item in known() if item.detect(row)), None) for row, _ in rows]
-    formats = [item for item in found if item is not None]
-    if formats:
-        return max(formats, key=formats.count)
+    asked = ((next((item for item in known() if item.detect(row)), None), row) for row, _ in rows)
+    found = [(item, row) for item, row in asked if item is not None]
+    if found:
+        first, formats = found[0], [item for item, _ in found]
+        most = max(formats, key=formats.count)
+        lacks = any(first[1].keys() < row.keys() for item, row in found if item is most)
+        return most if lacks else first[0]
     row, source = rows[0]
     remedy = "rename columns to those of a format: " + "; ".join(f"{i.NAME}: {i.COLUMNS}" for i in known())
     raise DataError("no known format has these columns", where=str(source), value=_columns(row), remedy=remedy)
@@ -87,6 +91,7 @@ def records(
     sibling: Sibling | None = None,
 ) -> Iterator[Record]:
     """Records of one file's rows; a row that is wrong goes to `on_bad`."""
+    rows = (original(row, source) for row, source in rows)  # rows that we built say where they came from
     first = list(islice(rows, 1 if name else _FIRST_ROWS))
     if not first:
         return

@@ -5,9 +5,9 @@
 
 `columns` renames ours <- theirs; what stood under our name before is left out, so that names can be swapped, and null
 leaves a column out. `messages.role: from` renames inside turns, `role_names` the roles themselves. `max_rows` takes the
-rows whose hash of (seed, row) is smallest, `shard: 2/10` a tenth by the same hash: neither depends on the order of
-other sources, and ten shards are the whole. Rows left out so are counted. `train_roles` decides whose words train in
-the conversations of the source, over data.mask; a weight of a message itself counts more.
+rows whose hash of (seed, file, row) is smallest, `shard: 2/10` a tenth by such a hash: neither depends on the order of
+other sources or on how many processes read, and ten shards are the whole. Rows left out so are counted. `train_roles`
+decides whose words train in the conversations of the source, over data.mask; a weight of a message itself counts more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -29,7 +30,7 @@ from luthier.recipe.recipe import DataSource
 
 LeaveOut = Callable[[str, Source], None]
 _LOOKED_AT = 10
-_SHARDS, _LIMITS = 1 << 32, (1 << 32) + 1  # streams of numbers, beside those of the sources' weights
+_SHARDS, _LIMITS = 1 << 32, 1 << 48  # streams of numbers, beside those of the sources' weights
 _TURNS = (
     "messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "chosen_messages",
     "rejected_messages", "rejected_response",
@@ -64,13 +65,11 @@ class SourceReader:
 
     def __init__(self, source: DataSource, seed: int) -> None:
         self.source, self.seed = source, seed
-        self._number = 0  # rows so far, over all files
         self._sibling: Sibling | None = None
         self._columns = {ours: theirs for ours, theirs in (source.columns or {}).items() if "." not in ours}
         self._fields = {
             ours.partition(".")[2]: theirs for ours, theirs in (source.columns or {}).items() if "." in ours
         }
-        self._chosen = self._smallest() if source.max_rows is not None else None
         self._share = _share(source.shard)
 
     @property
@@ -83,7 +82,7 @@ class SourceReader:
 
     def records(self, path: str, on_bad: OnBad, leave_out: LeaveOut) -> Iterator[Record]:
         """The records of one of the files, to be taken in their order."""
-        rows = self._part(self._renamed(self._read(path, on_bad), path), leave_out)
+        rows = self._part(path, self._renamed(self._read(path, on_bad), path), leave_out)
         if self._sibling is None:
             self._sibling = Sibling(path)
         made = records(rows, on_bad, self.source.format, self._sibling)
@@ -124,20 +123,28 @@ class SourceReader:
                 made[name] = (self.source.role_names or {}).get(made[name], made[name])
         return made
 
-    def _part(self, rows: Iterator[Row], leave_out: LeaveOut) -> Iterator[Row]:
-        for row, source in rows:
-            number, self._number = self._number, self._number + 1
-            if self._chosen is not None and number not in self._chosen:
+    def _part(self, path: str, rows: Iterator[Row], leave_out: LeaveOut) -> Iterator[Row]:
+        if self.source.max_rows is None and self._share is None:
+            yield from rows
+            return
+        file = self.files().index(path)
+        for number, (row, source) in enumerate(rows):
+            if self.source.max_rows is not None and (file, number) not in self._chosen:
                 leave_out(f"left out by max_rows {self.source.max_rows}", source)
-            elif self._share and key(self.seed, _SHARDS, number) % self._share[1] != self._share[0]:
+            elif self._share and key(self.seed, _SHARDS + file, number) % self._share[1] != self._share[0]:
                 leave_out(f"of another shard than {self.source.shard}", source)
             else:
                 yield row, source
 
-    def _smallest(self) -> set[int]:
-        """Numbers of the rows that max_rows takes; the files are read once for their number."""
-        total = sum(1 for path in self.files() for _ in self._read(path, lambda error, source: None))
-        return set(sorted(range(total), key=lambda number: key(self.seed, _LIMITS, number))[: self.source.max_rows])
+    @cached_property
+    def _chosen(self) -> set[tuple[int, int]]:
+        """(file, row) of those that max_rows takes; the files are read once for their numbers of rows."""
+        rows = [
+            (key(self.seed, _LIMITS + file, number), file, number)
+            for file, path in enumerate(self.files())
+            for number, _ in enumerate(self._read(path, lambda error, source: None))
+        ]
+        return {(file, number) for _, file, number in sorted(rows)[: self.source.max_rows]}
 
     def _with_roles(self, record: Record) -> Record:
         if not isinstance(record, Chat):

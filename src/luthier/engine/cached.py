@@ -34,10 +34,11 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.event import Event, Noted, Scoring
 from luthier.contracts.record import Sample
 from luthier.data.stream import Stream
-from luthier.engine.durable import sha256, sync_directory, write_json, write_tensors
-from luthier.engine.fault import fault
+from luthier.disk.durable import sha256, sync_directory, write_json
+from luthier.disk.fault import fault
 from luthier.engine.scoring import check_finite
 from luthier.engine.task import Reference
+from luthier.engine.tensors import write_tensors
 from luthier.recipe.fingerprint import digest
 
 LAYOUT = 1  # raise it when scores or their file mean something else

@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier.contracts.errors import CheckpointError
-from luthier.engine.durable import replace_text, sha256, sync_directory, write_json, write_tensors
-from luthier.engine.fault import fault
+from luthier.disk.durable import replace_text, sha256, sync_directory, write_json
+from luthier.disk.fault import fault
+from luthier.engine.tensors import write_tensors
 
 SCHEMA = 1
 POINTER = "latest"

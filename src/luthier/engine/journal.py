@@ -17,7 +17,7 @@ from typing import Any
 
 from luthier.contracts.errors import ResourceError
 from luthier.contracts.event import WALL_FIELDS, Event
-from luthier.engine.durable import replace_text
+from luthier.disk.durable import replace_text
 
 _HISTORY = ("resume", "note")  # rows that a cut keeps whatever came after them
 

@@ -20,8 +20,8 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import Stopped
 from luthier.contracts.event import Event, Noted, RunEnded, StepDone, StepSkipped
 from luthier.contracts.objective import Loss
+from luthier.disk.lock import hold
 from luthier.engine.journal import Journal
-from luthier.engine.lock import hold
 from luthier.engine.memory import give_back, held_bytes
 from luthier.engine.seeds import deterministic, seed_step
 from luthier.engine.signals import Interrupted, Signals

@@ -23,10 +23,11 @@ from luthier.contracts.event import Event, Noted, Scoring
 from luthier.contracts.record import Sample
 from luthier.contracts.regularizer import Regularizer
 from luthier.data.pack import collate
+from luthier.disk.durable import sha256, write_json
 from luthier.engine.cached import samples_digest
-from luthier.engine.durable import sha256, write_json, write_tensors
 from luthier.engine.modes import at_rest
 from luthier.engine.task import Run
+from luthier.engine.tensors import write_tensors
 from luthier.recipe.fingerprint import digest
 
 

@@ -17,8 +17,8 @@ import torch
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Saved
 from luthier.contracts.method import trains
+from luthier.disk.durable import DISK_FULL
 from luthier.engine import checkpoint
-from luthier.engine.durable import DISK_FULL
 from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import TrainState, load_random_state, load_trained, random_state, trained_tensors
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _OURS = {
-    "path", "weight", "format", "split", "subset", "dataset", "columns", "role_names", "train_roles", "max_rows",
-    "shard",
+    "path", "name", "weight", "format", "split", "subset", "dataset", "columns", "role_names", "train_roles",
+    "max_rows", "shard",
 }  # fmt: skip
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst")
 _TYPES: dict[str, tuple[str, dict[str, str | None]]] = {
@@ -65,7 +65,7 @@ _FIELDS = ("field", "text_column", "field_messages", "field_tools", "field_think
            "field_system", "field_instruction", "field_input", "field_output", "field_prompt", "field_chosen",
            "field_rejected", "field_completion", "field_label", "message_property_mappings", "message_field_role",
            "message_field_content", "message_field_training")  # fmt: skip
-_READ = {"type", "data_files", "name", "shards", "shards_idx", "roles", "roles_to_train", "train_on_eos", *_FIELDS}
+_READ = {"type", "data_files", "shards", "shards_idx", "roles", "roles_to_train", "train_on_eos", *_FIELDS}
 PEERS = _READ | _REFUSED.keys() | _DROPPED.keys()
 
 
@@ -86,8 +86,9 @@ def read_entry(entry: Mapping[str, Any], objective: str = "sft") -> tuple[list[d
     made: dict[str, Any] = {key: value for key, value in entry.items() if key in _OURS}
     _shape(entry, made, objective, notes)
     _roles(entry, made)
-    if entry.get("name") is not None:
-        made["subset"] = entry["name"]
+    if entry.get("name") is not None:  # theirs: the configuration of a hub data set
+        made["subset"] = made.pop("name")
+        notes.append(f"`name: {entry['name']}` is read as `subset: {entry['name']}`")
     if entry.get("shards") is not None:
         made["shard"] = f"{_whole(entry, 'shards_idx', 0) + 1}/{_whole(entry, 'shards', 1)}"
     if entry.get("train_on_eos") not in (None, "turn"):

@@ -131,6 +131,8 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
         made[room] = _with_defaults(room, made.get(room) or {"name": DEFAULTS[room]})
     if made.get("regularizers"):
         made["regularizers"] = [_with_defaults("regularizers", section) for section in made["regularizers"]]
+    if made["data"].get("steps"):
+        made["data"] = {**made["data"], "steps": [_with_defaults("steps", one) for one in made["data"]["steps"]]}
     train = made.get("train", {})
     if train.get("rows_per_step") is not None:
         made["train"] = {**train, "tokens_per_step": None}
@@ -202,9 +204,9 @@ def _fields(node: Schema, value: dict[str, Any], steps: Steps, document: Documen
 
 
 def _section(node: Schema, value: dict[str, Any], steps: Steps, document: Document) -> Iterator[LuthierError]:
-    """A method, an objective or a regularizer: its name says which fields it has; a dotted name is a guest's."""
+    """A method, an objective, a regularizer, a step: its name says which fields it has; a dotted name is a guest's."""
     name, room = value.get("name"), dotted(steps)
-    kind = str(steps[0]).removesuffix("s")
+    kind = next(str(step) for step in reversed(steps) if isinstance(step, str)).removesuffix("s")
     if not isinstance(name, str):
         names = ", ".join(names_of(node))
         yield RecipeError(f"`{room}` needs a name", where=document.where(steps), value=name, remedy=f"one of: {names}")

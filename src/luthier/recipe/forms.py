@@ -4,9 +4,10 @@
     method: lora             -> {name: lora}           data.train: file  -> [{path: file}], also inside a list
     method: {name: qlora}    -> {name: lora} and model.quantization: nf4
     report_to: tensorboard   -> [tensorboard]          an empty section  -> {}
-    regularizers: neftune    -> [{name: neftune}]      regularizers: [l2sp] -> [{name: l2sp}]
+    regularizers: neftune    -> [{name: neftune}]      regularizers: [l2sp] -> [{name: l2sp}]; data.steps alike
+    data.mix: {…}            -> the last of data.steps, {name: mix, …}
 
-`plain` turns what Python callers pass (dataclass instances of methods, objectives and regularizers, sections, tuples)
+`plain` turns what Python callers pass (dataclasses of methods, objectives, regularizers and steps, sections, tuples)
 into the same plain data; a dataclass's name is the last part of its module, a guest's its dotted path.
 """
 
@@ -24,6 +25,8 @@ from luthier.recipe.document import Document, Steps
 
 SECTIONS = ("model", "data", "method", "objective", "train", "engine", "evaluate")
 DEFAULTS = {"method": "lora", "objective": "sft"}
+NAMED_LISTS: tuple[Steps, ...] = (("regularizers",), ("data", "steps"))
+ROOMS = ("luthier.methods.", "luthier.objectives.", "luthier.regularizers.", "luthier.data.steps.")
 SHORT = {"model": "path", "data": "train", "method": "name", "objective": "name"}
 _SOURCES: tuple[Steps, ...] = (("data", "train"), ("data", "eval"), ("evaluate", "on"))
 _LISTS: tuple[Steps, ...] = (("report_to",), ("data", "mask", "roles"), ("model", "add_tokens"))
@@ -48,7 +51,7 @@ def plain(value: Any) -> Any:
 
 
 def _name_of(kind: type) -> str:
-    if kind.__module__.startswith(("luthier.methods.", "luthier.objectives.", "luthier.regularizers.")):
+    if kind.__module__.startswith(ROOMS):
         return kind.__module__.rpartition(".")[2]
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -68,7 +71,9 @@ def expand(document: Document) -> list[LuthierError]:
             document.set((section,), {SHORT[section]: root[section]}, like=(section, SHORT[section]))
     for steps in (*_SOURCES, *_stage_sources(root)):
         _sources(document, steps)
-    _named_list(document, ("regularizers",))
+    for steps in NAMED_LISTS:
+        _named_list(document, steps)
+    _mix(document)
     for steps in _LISTS:
         value = look(root, steps)
         if isinstance(value, str):
@@ -139,6 +144,18 @@ def _named_list(document: Document, steps: Steps) -> None:
                 value[index] = {"name": item}
                 if document.values:
                     document.values[(*steps, index, "name")] = document.where((*steps, index))
+
+
+def _mix(document: Document) -> None:
+    """`data.mix` as the last step. What is no mapping stays where it is and is refused as an unknown field."""
+    data = document.data.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("mix"), dict):
+        return
+    steps = data.setdefault("steps", [])
+    if isinstance(steps, list):
+        place: Steps = ("data", "steps", len(steps))
+        document.move(("data", "mix"), place)
+        steps.append({"name": "mix", **data.pop("mix")})
 
 
 def look(data: Any, steps: Steps) -> Any:

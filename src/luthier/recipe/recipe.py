@@ -2,14 +2,14 @@
 
     model   which weights            method     how they change      train   how long, how fast, in what batches
     data    which rows, which mask   objective  what is minimised    engine  where it runs      evaluate  on what
-    regularizers  what rides beside method and objective
+    regularizers  what rides beside method and objective     data.steps  what happens to the rows first
 
 Every field carries its unit and one line of "why change it"; the JSON Schema, `luthier explain` and the
 editors read them from here. `Recipe(model="path", data="x.jsonl", method=LoRA(r=16))` accepts what the YAML
 accepts, and dataclasses. `resolved()` is plain data that reads back to an equal recipe.
 
-Leaves out: the fields of methods, objectives and regularizers (their dataclasses are the sections; `schema.json` lists
-them), anything that needs a model, and torch.
+Leaves out: the fields of methods, objectives, regularizers and data steps (their dataclasses are the sections;
+`schema.json` lists them), anything that needs a model, and torch.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ class DataSource(Section):
     shard: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5}$")] | None = _field(
         None, "Take one part of its rows, such as 2/10: the second of ten, chosen by train.seed."
     )
+    name: Name | None = _field(
+        None, "What steps, mixture and reports call this source; default: the file's name without its ending."
+    )
 
 
 class MaskSection(Section):
@@ -125,6 +128,9 @@ class DataSection(Section):
         "forest", "forest packs rows without padding and without contamination; none runs each row alone (slow)."
     )
     mask: MaskSection = _field(MaskSection(), "Which tokens are trained.")
+    steps: tuple[dict[str, Any], ...] = _field(
+        (), "What happens to the rows before training, in this order: names of steps, or mappings with their fields."
+    )
     bad_rows: Literal["strict", "quarantine"] = _field(
         "strict", "strict stops at rows that cannot be read; quarantine writes them to rejects.jsonl and goes on."
     )

@@ -22,14 +22,16 @@ _BASES = {
     "methods": "luthier.contracts.method.Method",
     "objectives": "luthier.contracts.objective.Objective",
     "regularizers": "luthier.contracts.regularizer.Regularizer",
+    "steps": "luthier.contracts.step.Step",
 }
-_SECTIONS = {"methods": "method", "objectives": "objective", "regularizers": "regularizers"}
+_SECTIONS = {"methods": "method", "objectives": "objective", "regularizers": "regularizers", "steps": "data.steps"}
+_PLACES = {"steps": "data.steps"}  # rooms inside rooms
 
 
 def names(room: str) -> list[str]:
-    """File names of the room, sorted: each is one method, one objective, one regularizer."""
+    """File names of the room, sorted: each is one method, objective, regularizer or step."""
     _known(room)
-    folder = Path(__file__).resolve().parents[1] / room
+    folder = Path(__file__).resolve().parents[1] / _PLACES.get(room, room).replace(".", "/")
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -42,7 +44,7 @@ def load(room: str, name: str) -> type[Any]:
             close = difflib.get_close_matches(name, names(room), n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"one of: {', '.join(names(room))}"
             raise RecipeError(f"unknown {room.removesuffix('s')}", where=where, value=name, remedy=remedy)
-        return _only(importlib.import_module(f"luthier.{room}.{name}"), room, where)
+        return _only(importlib.import_module(f"luthier.{_PLACES.get(room, room)}.{name}"), room, where)
     try:
         found = _guest(name)
     except ImportError as error:

@@ -27,8 +27,9 @@ def schema() -> Schema:
 
 
 def properties_of(room: str, name: str) -> dict[str, Schema] | None:
-    """Fields of a method, objective or regularizer by name; None for a guest."""
-    node = resolve(schema()["properties"][room])
+    """Fields of a method, objective, regularizer or step by name; None for a guest."""
+    where = schema()["$defs"]["DataSection"] if room == "steps" else schema()
+    node = resolve(where["properties"][room])
     listed = [branch["items"] for branch in choices(node) if "items" in branch]
     branch = named(listed[0] if listed else node, name)
     return {k: v for k, v in branch["properties"].items() if k != "name"} if branch else None

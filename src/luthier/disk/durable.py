@@ -1,8 +1,7 @@
 """Files that are wholly there or not at all: write, fsync, rename, fsync the directory.
 
-Tensors are written in the safetensors format (8 bytes header length, JSON header, raw little-endian data) by
-our own few lines, so that one pass writes and digests, names are sorted (equal tensors give equal bytes), and
-a full disk is the ordinary OSError of a `write`. Reading is left to the safetensors library.
+A full disk is the ordinary OSError of a `write`; `unwritable` says it in one line. Rooms of every floor write through
+here: checkpoints, journals, built data sets, caches.
 """
 
 from __future__ import annotations
@@ -11,60 +10,27 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from luthier.contracts.errors import LuthierError, ResourceError, UsageError
-from luthier.engine.fault import fault
+from luthier.disk.fault import fault
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write and fsync; returns {"name", "bytes", "sha256"}."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size],
-        }  # fmt: skip
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
-
-    def parts(put: Callable[[Any], None]) -> None:
-        put(len(text).to_bytes(8, "little"))
-        put(text)
-        for name in sorted(tensors):
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            if flat.numel():
-                put(flat.view(torch.uint8).numpy().data)
-
-    return _write(path, parts)
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write and fsync; returns {"name", "bytes", "sha256"}."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-    return _write(path, lambda put: put(text))
+    return write_parts(path, lambda put: put(text))
 
 
 def replace_text(path: Path, text: str) -> None:
     """A small file replaced in one step, durable when this returns."""
     fresh = path.with_name(path.name + ".new")
-    _write(fresh, lambda put: put(text.encode()))
+    write_parts(fresh, lambda put: put(text.encode()))
     os.replace(fresh, path)
     sync_directory(path.parent)
 
@@ -98,7 +64,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, parts: Callable[[Callable[[Any], None]], None]) -> dict[str, Any]:
+def write_parts(path: Path, parts: Callable[[Callable[[Any], None]], None]) -> dict[str, Any]:
+    """A file of the pieces that `parts` puts, fsynced; returns {"name", "bytes", "sha256"}."""
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as file:
