@@ -1,7 +1,7 @@
-"""Rows of CSV and TSV: a header, then rows; every cell is text and stays text (cells.py says what a format reads in it).
+"""Rows of CSV and TSV: a header, then rows; every cell is text and stays text (what a format reads in it: cells.py).
 
-Own byte lines below Python's csv reader, so that a row has the physical line it starts on, however many line breaks its
-cells hold. Leaves out: other quoting than RFC 4180's, files without a header.
+Own byte lines below Python's csv reader, so that a row has the physical line it starts on, however many line breaks
+its cells hold. Leaves out: other quoting than RFC 4180's, files without a header.
 """
 
 from __future__ import annotations
