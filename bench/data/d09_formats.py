@@ -79,14 +79,9 @@ BAD: dict[str, bytes] = {
 
 def measure(quick: bool) -> list[Figure]:
     """Shapes, containers, descriptions; bad rows; rows a second."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            *_shapes(),
-            *_containers(Path(folder)),
-            *_descriptions(),
-            _bad(Path(folder)),
-            *_rates(Path(folder), quick),
-        ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return [*_shapes(), *_containers(folder), *_descriptions(), _bad(folder, quick), *_rates(folder, quick)]
 
 
 def _shapes() -> list[Figure]:
