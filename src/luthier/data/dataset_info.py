@@ -108,7 +108,8 @@ class _Entry:
         )  # fmt: skip
 
     def note(self, made: DataSource) -> str:
-        names = ", ".join(f"{ours} <- {theirs}" for ours, theirs in (made.columns or {}).items() if theirs is not None)
+        names = ", ".join(f"{ours} <- {theirs}" for ours, theirs in (made.columns or {}).items()
+                          if theirs not in (None, ours))  # fmt: skip
         return f"{self.path}: `{self.name}` is read as {made.format} of {made.path}" + (f" ({names})" if names else "")
 
     def _place(self) -> tuple[str, str | None, str | None]:

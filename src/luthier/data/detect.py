@@ -91,12 +91,10 @@ def records(
     sibling: Sibling | None = None,
 ) -> Iterator[Record]:
     """Records of one file's rows; a row that is wrong goes to `on_bad`."""
-    rows = (original(row, source) for row, source in rows)  # rows that we built say where they came from
+    rows = _as_written(rows)
     first = list(islice(rows, 1 if name else _FIRST_ROWS))
     if not first:
         return
-    if kind(first[0][1].file) == "csv":
-        first, rows = [(from_cells(row), at) for row, at in first], ((from_cells(row), at) for row, at in rows)
     sibling = sibling or Sibling(first[0][1].file)
     chosen = named(name) if name else _picked(first, sibling)
     _beside(sibling, chosen.NAME, first)
@@ -115,6 +113,17 @@ def records(
             on_bad(error, source)
         else:
             yield record
+
+
+def _as_written(
+    rows: Iterator[tuple[Mapping[str, Any], Source]],
+) -> Iterator[tuple[Mapping[str, Any], Source]]:
+    """Rows whose cells are read, where a table of text gave them; rows that we built say where they came from."""
+    table: bool | None = None
+    for row, source in rows:
+        if table is None:
+            table = kind(source.file) == "csv"
+        yield original(from_cells(row) if table else row, source)
 
 
 def _picked(first: Sequence[tuple[Mapping[str, Any], Source]], sibling: Sibling) -> Format:

@@ -105,5 +105,7 @@ def _nearest(path: str) -> str:
         names = sorted(os.listdir(folder or "."))
     except OSError:
         return f"the directory {folder} does not exist; paths are relative to {os.getcwd()}"
+    if not folder and "." not in name and not glob.has_magic(name):
+        return f"files have an ending; a name of a dataset_info.json is {{path: …/dataset_info.json, dataset: {name}}}"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [name for name in names if kind(name)][:3]
     return f"nearest in {folder or '.'}: {', '.join(close)}" if close else f"{folder or '.'} holds no data file"
