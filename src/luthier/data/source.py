@@ -25,12 +25,13 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.bytestream import Line, ends_early, lines, not_utf8
+from luthier.data.bytestream import Line, ends_early, lines
 from luthier.data.columnar import read_arrow, read_parquet
 from luthier.data.json_file import JsonLines, not_an_object, read_json, too_long
 from luthier.data.paths import ENDINGS, HUB, is_hub_id, kind
 from luthier.data.strict_json import Fault, Reader, parse
 from luthier.data.tables import read_delimited
+from luthier.data.text_file import decoded, read_text
 
 OnBad = Callable[[DataError, Source], None]
 Row = tuple[dict[str, Any], Source]
@@ -52,7 +53,7 @@ def read_rows(path: str, on_bad: OnBad, *, split: str | None = None, subset: str
     if known == "arrow":
         return read_arrow(path, on_bad)
     if known in ("text", "document"):
-        return _text(path, on_bad, whole=known == "document")
+        return read_text(path, on_bad, whole=known == "document")
     raise DataError("the file's ending says nothing about its form", where=path, remedy=f"one of {' '.join(ENDINGS)}")
 
 
@@ -97,25 +98,15 @@ def _json_line(path: str, line: Line, reader: Reader) -> tuple[DataError | None,
     if line.data is None:
         return too_long(f"{path}:{line.number}"), None
     try:
-        return None, parse(line.data.decode("utf-8"), reader)
-    except (UnicodeDecodeError, Fault) as error:
-        return _line_error(path, line, error), None
-
-
-def _line_error(path: str, line: Line, error: UnicodeDecodeError | Fault) -> DataError:
-    """What is wrong with a line, at its column."""
-    data, position = line.data or b"", error.start if isinstance(error, UnicodeDecodeError) else error.position
-    place = f"{path}:{line.number}:{position + 1}"
-    if isinstance(error, UnicodeDecodeError):
-        cut = error.end == len(data) and error.reason == "unexpected end of data"
-    else:
-        cut = error.cut
-    if cut and not line.ended:
-        early = ends_early(path, line.start + len(data))
-        return DataError(early.what, where=place, remedy=early.remedy)
-    if isinstance(error, UnicodeDecodeError):
-        return not_utf8(place, data[position], line.start + position)
-    return DataError(error.what, where=place, remedy=error.remedy)
+        return None, parse(decoded(path, line), reader)
+    except DataError as error:
+        return error, None
+    except Fault as fault:
+        place = f"{path}:{line.number}:{fault.position + 1}"
+        if fault.cut and not line.ended:
+            early = ends_early(path, line.start + len(line.data))
+            return DataError(early.what, where=place, remedy=early.remedy), None
+        return DataError(fault.what, where=place, remedy=fault.remedy), None
 
 
 def _json(path: str, on_bad: OnBad) -> Iterator[Row]:
@@ -123,34 +114,3 @@ def _json(path: str, on_bad: OnBad) -> Iterator[Row]:
         yield from read_json(path, on_bad)
     except JsonLines:
         yield from _json_lines(path, on_bad)
-
-
-def _text(path: str, on_bad: OnBad, *, whole: bool) -> Iterator[Row]:
-    """Documents: the whole file, or what blank lines part, or (no blank line at all) each line."""
-    documents: list[tuple[int, list[str]]] = []
-    open_document = False
-    for line in lines(path):
-        place = f"{path}:{line.number}"
-        if line.data is None:
-            raise too_long(place)
-        try:
-            text = line.data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{place}:{error.start + 1}", line.data[error.start], line.start + error.start) from error
-        blank = not text.strip()
-        if blank and not (whole and documents):
-            open_document = False
-            continue
-        if not open_document and not (whole and documents):
-            documents.append((line.number, []))
-        open_document = True
-        documents[-1][1].append(text)
-    if len(documents) == 1 and not whole:
-        start, only = documents[0]
-        documents = [(start + i, [text]) for i, text in enumerate(only)]
-    for start, parts in documents:
-        source, text = Source(path, start), "\n".join(parts).rstrip()
-        if "\0" in text:
-            on_bad(DataError("a text holds the character U+0000", where=str(source), remedy="remove it"), source)
-        else:
-            yield {"text": text}, source

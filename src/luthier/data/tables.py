@@ -12,7 +12,8 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, not_utf8
+from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines
+from luthier.data.text_file import decoded
 
 csv.field_size_limit(MAX_LINE_BYTES)
 
@@ -21,43 +22,53 @@ def read_delimited(
     path: str, delimiter: str, on_bad: Callable[[DataError, Source], None]
 ) -> Iterator[tuple[dict[str, Any], Source]]:
     """Header first; a row with more or fewer cells than the header is wrong."""
-    reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    faults: dict[int, DataError] = {}  # lines whose bytes are wrong
+    reader = csv.reader(_decoded(path, faults), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    before = 0
     while True:
-        start = before + 1
+        source, error = Source(path, reader.line_num + 1), None
         try:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                early = ends_early(path, open_bytes_size(path))
-                raise DataError(f"{early.what}: a quoted cell has no end", where=f"{path}:{start}",
-                                remedy='close the quote with ", or ' + str(early.remedy)) from error  # fmt: skip
-            raise DataError(f"not a table of cells ({error})", where=f"{path}:{start}",
-                            remedy='quote cells that hold quotes: "a ""word"""') from error  # fmt: skip
-        before = reader.line_num
-        if not cells or (header is None and not any(cell.strip() for cell in cells)):
+        except csv.Error as fault:
+            cells, error = [], _broken(path, source, fault)
+        for number in sorted(faults):
+            error = faults.pop(number)
+        if error is None and (not cells or (header is None and not any(cell.strip() for cell in cells))):
             continue
         if header is None:
-            header = _header(cells, f"{path}:{start}")
+            if error is not None:
+                raise error
+            header = _header(cells, str(source))
             continue
-        source = Source(path, start)
-        if len(cells) != len(header):
-            on_bad(
-                DataError(
-                    "a row has another number of cells than the header",
-                    where=str(source),
-                    value=f"{len(cells)} cells, header {len(header)}",
-                    remedy="quote cells that hold the delimiter or a line break",
-                ),
-                source,
-            )
-        elif any("\0" in cell for cell in cells):
-            on_bad(DataError("a text holds the character U+0000", where=str(source), remedy="remove it"), source)
+        error = error or _row_error(cells, header, source)
+        if error is not None:
+            on_bad(error, source)
         else:
             yield dict(zip(header, cells, strict=True)), source
+
+
+def _broken(path: str, source: Source, fault: csv.Error) -> DataError:
+    """The error of a row that is no cells; raised where a quote without end takes the rest of the file."""
+    if "unexpected end of data" in str(fault):
+        early = ends_early(path, open_bytes_size(path))
+        raise DataError(f"{early.what}: a quoted cell has no end", where=str(source),
+                        remedy='close the quote with ", or ' + str(early.remedy)) from fault  # fmt: skip
+    return DataError(f"not a row of cells ({fault})", where=str(source),
+                     remedy='quote cells that hold quotes: "a ""word"""')  # fmt: skip
+
+
+def _row_error(cells: list[str], header: list[str], source: Source) -> DataError | None:
+    if len(cells) != len(header):
+        return DataError(
+            "a row has another number of cells than the header", where=str(source),
+            value=f"{len(cells)} cells, header {len(header)}",
+            remedy="quote cells that hold the delimiter or a line break",
+        )  # fmt: skip
+    if any("\0" in cell for cell in cells):
+        return DataError("a text holds the character U+0000", where=str(source), remedy="remove it")
+    return None
 
 
 def open_bytes_size(path: str) -> int:
@@ -65,15 +76,19 @@ def open_bytes_size(path: str) -> int:
     return sum(1 + len(line.data or b"") for line in lines(path))
 
 
-def _decoded(path: str) -> Iterator[str]:
+def _decoded(path: str, faults: dict[int, DataError]) -> Iterator[str]:
+    """Lines as text. A byte that is not UTF-8 keeps its place, so that quotes still pair, and its error is in `faults`.
+
+    A line over the cap ends the reading: nobody knows which quotes it opened.
+    """
     for line in lines(path):
-        place = f"{path}:{line.number}"
-        if line.data is None:
-            raise DataError(f"a line is longer than {MAX_LINE_BYTES} bytes", where=place, remedy="split the row")
         try:
-            yield line.data.decode("utf-8") + "\n"
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{place}:{error.start + 1}", line.data[error.start], line.start + error.start) from error
+            yield decoded(path, line) + "\n"
+        except DataError as error:
+            if line.data is None:
+                raise
+            faults[line.number] = error
+            yield line.data.decode("utf-8", "surrogateescape") + "\n"
 
 
 def _header(cells: list[str], place: str) -> list[str]:
