@@ -118,7 +118,7 @@ class Ledger:
     rejects: list[dict[str, Any]] = field(default_factory=list)
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
-    notes: list[str] = field(default_factory=list)  # what people should know of how the rows were encoded
+    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read, rows encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -132,6 +132,7 @@ class Ledger:
         """The rows of another reading beside these: a file that both read is counted in both."""
         self.accounts += other.accounts
         self.rejects += other.rejects
+        self.notes += [note for note in other.notes if note not in self.notes]
 
     def total(self, name: str) -> int:
         """Sum of a number over the accounts: read, kept, evaluation, samples, tokens, scored_tokens."""

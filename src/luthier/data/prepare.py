@@ -32,6 +32,7 @@ from luthier.data.ledger import Account, Ledger
 from luthier.data.paths import expand
 from luthier.data.reading import Place, Read, Reader, Reread, places
 from luthier.data.shelf import CODES, TYPES, Columns, Rows, Shelf
+from luthier.data.sources import identity, resolved
 from luthier.data.stored import Making, Stored
 from luthier.data.workers import encoding, workers_for
 from luthier.recipe.recipe import DataSection
@@ -79,12 +80,14 @@ def preparing(
 ) -> Generator[Event, None, Prepared]:
     """`prepare`, telling how far it is and what it takes from the cache."""
     held = section.eval if isinstance(section.eval, tuple) else ()
-    files = [*places(section.train, "train"), *places(held, "eval")]
+    (train, said), (others, besides) = resolved(section.train), resolved(held)
+    files = [*places(train, "train"), *places(others, "eval")]
     contents = yield from looked_at(place.path for place in files)
-    drawn = isinstance(section.eval, float) or any(place.spec.weight % 1 for place in files)
+    drawn = isinstance(section.eval, float) or any(place.drawn for place in files)
     how = {"seed": seed if drawn else None, "kinds": list(kinds), "objective": objective}
-    key = cache.key_of(section, encoder, contents, [place.path for place in files], how)
-    work = _Preparing(section, encoder, seed, Reader(files, seed, tuple(kinds), objective), contents)
+    key = cache.key_of(section, encoder, contents, files, how)
+    reader = Reader(files, seed, tuple(kinds), objective, {"train": said, "eval": besides})
+    work = _Preparing(section, encoder, seed, reader, contents)
     if key is None:
         return (yield from work.in_memory())
     stored, trouble = cache.taken(key)
@@ -107,8 +110,8 @@ def fingerprint(section: DataSection, contents: Mapping[str, Content] | None = N
     """
     known = contents or {}
     state = hashlib.sha256()
-    for spec in section.train:
-        state.update(repr((float(spec.weight), spec.format, spec.split)).encode())
+    for spec in resolved(section.train)[0]:
+        state.update(identity(spec).encode())
         for path in expand(spec.path, spec.split):
             state.update(known[path].digest if path in known else digest_of(path))
     for name in _IDENTITY:
@@ -197,8 +200,7 @@ class _Preparing:
         shelf = Shelf({name: arrays[name] for name in CODES}, tables["files"], shapes)
         credit(self.encoder, tables["tallies"])
         records = {
-            use: Reread(self.reader.files, arrays[f"{use}_place"], arrays[f"{use}_ordinal"])
-            for use in ("train", "eval")
+            use: Reread(self.reader, arrays[f"{use}_place"], arrays[f"{use}_ordinal"]) for use in ("train", "eval")
         }
         return Prepared(
             *self._rows(shelf, arrays["train_samples"], arrays["eval_samples"]), records["train"], records["eval"],
@@ -271,6 +273,9 @@ def _replay(batch: Sequence[Read], answer: Answer, kept: Kept, bad: _Bad) -> Non
         if read.error is not None:
             bad.reject(read.error, read.source, account)
             continue
+        if read.left_out:
+            account.drop(read.left_out, read.source)
+            continue
         if not read.copies:
             account.drop(f"left out by weight {read.weight:g}", read.source)
             continue
@@ -303,7 +308,9 @@ class _Meter:
     def passed(self, batch: Sequence[Read]) -> tuple[int, int]:
         """(rows so far, rows in all or 0)."""
         self.rows += len(batch)
-        lines = self.before[batch[-1].place] + batch[-1].source.line
+        last = batch[-1]
+        line = last.source.line if last.source.file == last.account.file else last.ordinal + 1
+        lines = self.before[last.place] + line
         return self.rows, round(self.rows * self.all / lines) if self.all and lines else 0
 
 
@@ -315,7 +322,7 @@ def _must_have_rows(kept: int, ledger: Ledger, use: str, section: DataSection) -
     reasons = Ledger(accounts).reasons
     said = ", ".join(f"{count} {name}" for name, count in reasons.items()) or "the files hold no row"
     remedy = "give rows" if not read else f"raise data.max_tokens (now {section.max_tokens}) or set data.overlong"
-    if set(reasons) <= {"no trained token", "no token to train"}:
+    if reasons and set(reasons) <= {"no trained token", "no token to train"}:
         remedy = "data.mask says what is trained: its roles, last_turn_only"
     if any(account.rejected for account in accounts):
         remedy = "mend the rows: data.bad_rows strict names them"

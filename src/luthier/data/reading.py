@@ -6,20 +6,20 @@ things that happened, and the ledger is written when they are replayed, in the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.contracts.errors import DataError, LuthierError
 from luthier.contracts.record import Record, Source
-from luthier.data.detect import records
 from luthier.data.kinds import check_kind
 from luthier.data.ledger import Account, Ledger
 from luthier.data.order import key
 from luthier.data.paths import expand
-from luthier.data.source import read_rows
+from luthier.data.sources import SourceReader
 from luthier.recipe.recipe import DataSource
 
 
@@ -31,6 +31,11 @@ class Place:
     spec: DataSource
     source: int
     use: str  # train | eval
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a draw decides which of its rows are taken."""
+        return bool(self.spec.weight % 1 or self.spec.max_rows or self.spec.shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Read:
     ordinal: int = 0  # of the records of its file, from 0
     weight: float = 1.0  # of its source
     error: DataError | None = None
+    left_out: str = ""  # why its source does not take it
 
 
 def places(sources: Sequence[DataSource], use: str) -> list[Place]:
@@ -62,41 +68,62 @@ class Reader:
     seed: int
     kinds: tuple[str, ...]
     objective: str
+    notes: Mapping[str, Sequence[str]]  # of each use: what sources were read as
+
+    def source(self, place: Place) -> SourceReader:
+        """The reader of a file's source, at its beginning."""
+        return SourceReader(place.spec, self.seed)
 
     def rows(self, ledger: Ledger) -> Iterator[Read]:
-        """All rows of all files; accounts are opened in `ledger`, and nothing is counted in them yet."""
-        rows_of: dict[tuple[str, int], int] = {}  # of each source
-        for number, place in enumerate(self.files):
-            account = ledger.account(place.path, place.use)
-            source = (place.use, place.source)
-            wrong: list[Read] = []
-
-            def on_bad(
-                error: DataError, at: Source, number: int = number, account: Account = account,
-                wrong: list[Read] = wrong,
-            ) -> None:  # fmt: skip
-                wrong.append(Read(number, account, at, error=error))
-
-            try:
-                found = records(read_rows(place.path, on_bad, split=place.spec.split), on_bad, place.spec.format)
-                for ordinal, record in enumerate(found):
-                    yield from wrong
-                    wrong.clear()
-                    check_kind(record, self.kinds, self.objective)
-                    row = rows_of[source] = rows_of.get(source, 0) + 1
+        """All rows of all files; accounts are opened and notes written in `ledger`, nothing is counted in it yet."""
+        told: set[str] = set()
+        for (use, _), numbers in groupby(range(len(self.files)), lambda n: (self.files[n].use, self.files[n].source)):
+            if use not in told:
+                told.add(use)
+                ledger.notes += self.notes.get(use, ())
+            files = list(numbers)
+            reader = self.source(self.files[files[0]])
+            row = 0  # of the source
+            for number in files:
+                for read in self._file(number, reader, ledger):
+                    if read.record is None:
+                        yield read
+                        continue
+                    row += 1
+                    place = self.files[number]
                     copies = _copies(place.spec.weight, self.seed, place.source, row)
-                    yield Read(number, account, record.source, record, copies, ordinal, place.spec.weight)
-            except LuthierError:
-                yield from wrong
-                raise
-            yield from wrong
+                    yield replace(read, copies=copies, weight=place.spec.weight)
+            ledger.notes += reader.notes
+
+    def _file(self, number: int, reader: SourceReader, ledger: Ledger) -> Iterator[Read]:
+        """The rows of one file, in its order."""
+        place = self.files[number]
+        account = ledger.account(place.path, place.use)
+        others: list[Read] = []  # wrong, or not taken: told between the records where they stand
+
+        def on_bad(error: DataError, at: Source) -> None:
+            others.append(Read(number, account, at, error=error))
+
+        def leave_out(reason: str, at: Source) -> None:
+            others.append(Read(number, account, at, left_out=reason))
+
+        try:
+            for ordinal, record in enumerate(reader.records(place.path, on_bad, leave_out)):
+                yield from others
+                others.clear()
+                check_kind(record, self.kinds, self.objective)
+                yield Read(number, account, record.source, record, ordinal=ordinal)
+        except LuthierError:
+            yield from others
+            raise
+        yield from others
 
 
 @dataclass(frozen=True, eq=False)
 class Reread(Sequence[Record]):
     """Records of kept rows, read again from their files when they are asked for; nothing of them is held in memory."""
 
-    files: Sequence[Place]
+    reader: Reader
     place: NDArray[np.int32]  # of each row
     ordinal: NDArray[np.int64]
 
@@ -119,8 +146,8 @@ class Reread(Sequence[Record]):
         at = start
         while at < stop:
             number = int(self.place[at])
-            place = self.files[number]
-            found = enumerate(records(read_rows(place.path, _known, split=place.spec.split), _known, place.spec.format))
+            place = self.reader.files[number]
+            found = enumerate(self.reader.source(place).records(place.path, _known, _known))
             while at < stop and self.place[at] == number:
                 wanted = int(self.ordinal[at])
                 record = next((record for ordinal, record in found if ordinal == wanted), None)
@@ -131,8 +158,8 @@ class Reread(Sequence[Record]):
                 at += 1
 
 
-def _known(error: DataError, source: Source) -> None:
-    """A wrong row was told when the file was read first."""
+def _known(why: DataError | str, source: Source) -> None:
+    """A wrong row, or one that is left out, was told when the file was read first."""
 
 
 def _copies(weight: float, seed: int, source: int, row: int) -> int:
