@@ -1,8 +1,8 @@
 """D5, D6: cuts that keep masks exact, and control tokens made by what users wrote, beside transformers.
 
-D5   a row cut to a limit is a slice of the whole row, its mask the same slice (truncate_left, truncate_right), or whole stretches
-     that hold every trained token once (split). transformers: `return_assistant_tokens_mask` with `truncation` on the
-     same template (it has markers), beside its own whole mask sliced
+D5   a row cut to a limit is a slice of the whole row, its mask the same slice (truncate_left, truncate_right), or
+     stretches that hold every trained token once (split). transformers: `return_assistant_tokens_mask` with
+     `truncation` on the same template (it has markers), beside its own whole mask sliced
 D6   rows whose words hold every control string of the template must give the control tokens of calm rows. Ours with
      masks on; transformers as it is, with `sanitize_control_tokens`, and with both that and masks
 """
@@ -110,12 +110,12 @@ def _injection(limit: int | None) -> list[Figure]:
             if other and kind != "tags":  # calm rows of that kind hold a tag that is a control token itself
                 _attack(masker, tokenizer, harm, calm, counts)
     rows = counts["rows"]
+    told = f"{counts['plain']}; with sanitize_control_tokens {counts['sanitised']}, {counts['unsanitised']} refused"
     return [
         Figure("D6", "rows where a user's, tool's or system's words became control tokens",
-               f"{counts['ours']} of {rows}", f"transformers {counts['plain']}; with sanitize_control_tokens {counts['sanitised']}, "
-               f"{counts['unsanitised']} refused", "0", counts["ours"] == 0,
-               f"{len(texts)} templates, every special token in 9 places, masks on for us alone; transformers takes those "
-               "for control tokens that its template's text names"),
+               f"{counts['ours']} of {rows}", f"transformers {told}", "0", counts["ours"] == 0,
+               f"{len(texts)} templates, every special token in 9 places, masks on for us alone; transformers takes "
+               "those for control tokens that its template's text names"),
         Figure("D6", "the same with masks on in transformers: rows that it can do", f"{rows} of {rows}",
                f"{counts['both']} of {rows}", "all", True, "sanitize_control_tokens and return_assistant_tokens_mask"),
         Figure("D6", "calm rows whose ids are not those of the plain tokenizer", f"{counts['changed']} of {rows}", "",
