@@ -65,8 +65,46 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _answer(text: str, *calls: dict[str, Any], **more: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {}), **more}
+
+
+def _result(text: str, index: int) -> dict[str, Any]:
+    return {"role": "tool", "name": "warmth", "tool_call_id": f"call0000{index}", "content": text}
+
+
+_OSLO, _BERGEN = _call("Oslo", 2, 1), _call("Bergen", 3, 2)
+_DEEP = {"city": "Oslo", "days": 1, "more": {"unit": "C", "of": [1, "two"], "deep": True}}
+LONGER: dict[str, list[dict[str, Any]]] = {  # conversations with tools: read by format only, nothing is written down
+    "rounds": [
+        {"role": "system", "content": "Be brief."}, _user("How warm?"), _answer("", _OSLO), _result("RESULT4", 1),
+        _answer("Four."), _user("And Bergen?"), _answer("", _BERGEN), _result("RESULT7", 2), _answer("Seven."),
+    ],
+    "words beside a call": [
+        _user("How warm?"), _answer("Let me look.", _OSLO), _result("RESULT4", 1), _answer("Four."),
+    ],
+    "two calls": [
+        _user("How warm?"), _answer("", _OSLO, _BERGEN), _result("RESULT4", 1), _result("RESULT7", 2), _answer("Both."),
+    ],
+    "chain": [
+        _user("How warm?"), _answer("", _OSLO, reasoning_content="Why one"), _result("RESULT4", 1),
+        _answer("", _BERGEN, reasoning_content="Why two"), _result("RESULT7", 2),
+        _answer("Both.", reasoning_content="Why three"),
+    ],
+    "nested": [
+        _user("How warm?"),
+        _answer("", {"type": "function", "id": "call00001", "function": {"name": "warmth", "arguments": _DEEP}}),
+        _result('{"t": 4}', 1), _answer("Four."),
+    ],
+}  # fmt: skip
+
+
 def tools_of(chat: str) -> list[dict[str, Any]] | None:
-    return [TOOL] if chat in ("tools", "called") else None
+    return [TOOL] if chat in ("tools", "called", *LONGER) else None
 
 
 def entries() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -77,7 +115,7 @@ def entries() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def rendered(text: str, chat: str) -> str | None:
     """What transformers makes of a conversation in the first form that the template takes; None where it takes none."""
-    for messages in _forms(CHATS[chat]):
+    for messages in _forms({**CHATS, **LONGER}[chat]):
         try:
             shown = render_jinja_template([messages], tools=tools_of(chat), chat_template=text, **STRINGS)[0][0]
         except Exception:  # noqa: BLE001 - whatever a template raises
@@ -89,8 +127,9 @@ def rendered(text: str, chat: str) -> str | None:
 
 def _words(chat: str) -> list[str]:
     """What a rendered conversation must show: every content (less reasoning), and the names and values of calls."""
-    found = [str(message["content"]).split("</think>")[-1].strip() for message in CHATS[chat]]
-    for message in CHATS[chat]:
+    messages = {**CHATS, **LONGER}[chat]
+    found = [m["content"].split("</think>")[-1].strip() for m in messages if '"' not in m["content"]]
+    for message in messages:
         for call in message.get("tool_calls") or ():
             found += [call["function"]["name"], call["function"]["arguments"]["city"]]
     return found

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.families import STRINGS, tokenizer_for
+from data.families import STRINGS, tokenizer_for, trained
 from data.gold_reading import CHATS as EVERY
-from data.gold_reading import by_format, by_markers, entries, places, rendered, tools_of
+from data.gold_reading import LONGER, by_format, by_markers, entries, places, rendered, tools_of
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.mask import Masker
@@ -97,6 +97,60 @@ def test_what_trains_is_the_gold_token_for_token(stem: str, masker: Masker) -> N
         for start, end in places(text, entry, name, spaces=masker.template.has_markers):
             wanted |= (starts >= start) & (ends <= end)
         assert np.array_equal(masked.weights_T > 0, wanted), (stem, name)
+
+
+_DROPPED = "drops the content of message 1 (assistant)"
+_AFTER_TOOL = "what the generation prompt supplies before message 6 is not found"  # the file loses the turn's header
+NOT_SHOWN: dict[str, dict[str, str]] = {  # what templates with tools cannot show, seen in the files, and how we say so
+    "words beside a call": {
+        **dict.fromkeys((
+            "llamacpp__NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "trl__llama3_1", "trl__llama3_2",
+            "llamacpp__CohereForAI-c4ai-command-r7b-12-2024-tool_use", "axolotl__mistral_v2v3",
+            "axolotl__mistral_v3_tekken", "llamacpp__mistralai-Mistral-Nemo-Instruct-2407",
+            "llamacpp__Mistral-Small-3.2-24B-Instruct-2506", "trl__gptoss",
+        ), _DROPPED),
+        "llamacpp__deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": "as a turn of their own behind its call",
+        "axolotl__gemma4": "content of message 2 lies in the trained span of 1",  # the words follow the result
+    },
+    "two calls": {
+        "trl__llama3_1": "single tool-calls at once", "trl__llama3_2": "single tool-calls at once",
+        "trl__gptoss": "drops a tool call's argument", "llamacpp__GigaChat3.1-10B-A1.8B": "drops a tool call's name",
+    },
+    "rounds": {
+        "trl__deepseekv3": _AFTER_TOOL, "llamacpp__deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": _AFTER_TOOL,
+        "llamacpp__Bielik-11B-v3.0-Instruct": "before message 4 has <|im_end|>, which the row has not",
+    },
+    "chain": {
+        **dict.fromkeys(
+            ("trl__deepseekv3", "llamacpp__deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "llamacpp__Apertus-8B-Instruct"),
+            _AFTER_TOOL.replace("6", "3"),
+        ),
+    },
+    "nested": {"llamacpp__ByteDance-Seed-OSS": "marking the content changes the text"},  # printed by Python's repr
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", sorted(stem for stem, entry in ENTRIES.items() if "tools" in entry["trained"]))
+def test_longer_conversations_with_tools_train_what_the_format_says(
+    stem: str, masker: Masker, shared_data: Callable[[str], Path]
+) -> None:
+    entry = ENTRIES[stem]
+    for name, messages in LONGER.items():
+        row = Chat(messages, Source(name, 1), tools_of(name))
+        if (reason := NOT_SHOWN[name].get(stem)) is not None:
+            with pytest.raises(DataError) as caught:
+                masker.mask(row)
+            assert reason in caught.value.line(), (stem, name)
+            continue
+        found = trained(masker.mask(row))
+        shown = rendered(masker.template.text, name)
+        assert shown is not None, (stem, name)
+        if "supplied" in entry:
+            marked = by_markers(_twin(entry, shared_data) or "", name) or []
+            gold = [text.removeprefix(entry["supplied"]) for text in marked]
+        else:
+            gold = by_format(shown, entry, name)
+        assert [text.rstrip() for text in found] == gold, (stem, name)
 
 
 @pytest.mark.parametrize("stem", sorted(ENTRIES))

@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat
+from luthier.data.proof import ONE_CALL
 from luthier.data.template import Template, in_parts
 
 PROBE_TOOLS = (
@@ -26,6 +27,10 @@ def advice(template: Template, chat: Chat) -> str | None:
     """The remedy for a refused conversation, or None where no part of it alone explains the refusal."""
     messages = list(chat.messages)
     opening = [message for message in messages if message.get("role") in _SYSTEM]
+    if any(len(m.get("tool_calls") or ()) > 1 for m in messages):
+        single = [{**m, "tool_calls": m["tool_calls"][:1]} if m.get("tool_calls") else m for m in messages]
+        if _renders(template, single, chat.tools):
+            return ONE_CALL
     tooled = bool(chat.tools) or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages)
     if tooled and _renders(template, _spoken(messages)):
         return (

@@ -27,7 +27,7 @@ import numpy as np
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.advice import PROBE_TOOLS, advice
-from luthier.data.kept import keeping
+from luthier.data.keep_reasoning import keeping
 from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
 from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, reasoned, unshown
 from luthier.data.provenance import NotTraceable, Trace, trace

@@ -16,6 +16,8 @@ from luthier.data.provenance import Span, Trace
 from luthier.data.tokens import missing_tokens
 from luthier.data.turn_habits import NotProvable
 
+ONE_CALL = "the template prints one call a turn: write each call as a turn of its own, with its result behind it"
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -44,12 +46,19 @@ def check_shown(chat: Chat, found: Trace) -> None:
         if seen < number:
             raise NotProvable(
                 f"the template drops {what} message {message} ({role})",
-                "the template prints one call a turn: write each call as a turn of its own, with its result behind it"
-                if kind != "content" and seen and len(chat.messages[message].get("tool_calls") or ()) > 1
-                else "name a template that prints it in model.chat_template (chatml comes along), or change the row",
+                _remedy(kind, seen, len(chat.messages[message].get("tool_calls") or ())),
             )
         if seen > number and kind == "content" and role == "assistant":
             raise NotProvable(f"the template prints {what} message {message} ({role}) more than once")
+
+
+def _remedy(kind: str, seen: int, calls: int) -> str:
+    """What to do where a template drops a part of a message with so many calls."""
+    if kind != "content" and seen and calls > 1:
+        return ONE_CALL
+    if kind == "content" and calls:
+        return "the template prints no words beside a call here: take them out of that turn, or name another template"
+    return "name a template that prints it in model.chat_template (chatml comes along), or change the row"
 
 
 def check_turns(chat: Chat, found: Trace, turns: Sequence[Turn]) -> None:

@@ -18,8 +18,9 @@ tag: then that tag is trained, and an answer that ends the conversation gets the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -41,6 +42,10 @@ class TurnFinder:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None
     whole: Trace
+
+    def _with(self, messages: Sequence[Message], whole: Trace) -> TurnFinder:
+        """The same for another conversation; made anew, so that nothing found in this one goes along."""
+        return TurnFinder(self.template, self.controls, self.stops, self.habits, messages, self.tools, whole)
 
     def bounds(self, index: int) -> tuple[int, int, int, int]:
         """(end of the content before, first and last character of the message's own pieces, next content)."""
@@ -84,7 +89,9 @@ class TurnFinder:
                 return self._checked(index, before + matched, first)
         known = self.habits.header.strip()
         if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
-            return self._checked(index, before + at + len(known), first)
+            more = Counter(self.controls.findall(header or "")) - Counter(self.controls.findall(region))
+            self._check_prompt(index, "".join(more))
+            return self._checked(index, before + at + (aligned(region[at:], self.habits.header) or len(known)), first)
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
@@ -113,7 +120,7 @@ class TurnFinder:
         except (DataError, NotTraceable):
             whole = None
         if whole is not None and (own := whole.of(index)):
-            start = replace(self, messages=filled, whole=whole).start(index, with_prompt=with_prompt)
+            start = self._with(filled, whole).start(index, with_prompt=with_prompt)
             rest = whole.text[start : own[0].start] + whole.text[own[-1].end :]
             same = "".join(rest.split()) == "".join(self.whole.text[start:].split())
             if same and whole.text[:start] == self.whole.text[:start]:
@@ -152,6 +159,7 @@ class TurnFinder:
         _, _, last, after = self.bounds(index)
         if not self.whole.of(index):
             last = self.start(index)
+        self._check_one_turn(index)
         closer: int | None = None
         for found in self.controls.finditer(text, last, after):
             name = found.group()
@@ -179,6 +187,20 @@ class TurnFinder:
             "write {{ eos_token }} after the assistant's content in model.chat_template",
         )
 
+    def _check_one_turn(self, index: int) -> None:
+        """The words of a message must not stand behind its call as a turn of their own, for a call ends generation."""
+        own = self.whole.of(index)
+        called = max((span.end for span in own if span.kind in ("name", "argument")), default=None)
+        spoken = max((span.start for span in own if span.kind == "content"), default=-1)
+        if called is None or spoken < called:
+            return
+        for found in self.controls.finditer(self.whole.text, called, spoken):
+            if found.group() in self.stops or found.group() in self.habits.ends:
+                raise NotProvable(
+                    f"the template prints the words of message {index} as a turn of their own behind its call",
+                    "take them out of that turn, or name another template in model.chat_template",
+                )
+
     def _added_end(self, index: int) -> tuple[int, str] | None:
         """The end of a turn that ends the text without a stop token: a call ends as it does before its result."""
         text = self.whole.text
@@ -191,7 +213,7 @@ class TurnFinder:
             try:
                 whole = trace(self.template, messages, self.tools)
                 if whole.text.startswith(text):
-                    end, _ = replace(self, messages=messages, whole=whole).end(index)
+                    end, _ = self._with(messages, whole).end(index)
                     return min(end, len(text)), whole.text[len(text) : end]
             except (DataError, NotTraceable, NotProvable):
                 pass
