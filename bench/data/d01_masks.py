@@ -199,10 +199,12 @@ def _every(cases: list[_Case], conditions: str) -> Figure:
     chats = dict.fromkeys(case.chat for case in cases)
     templates = len({case.masker.template.name for case in cases})
     wrong = sum(case.ours is not None and not _holds(case) for case in cases)
+    first = {case.masker.template.name: case for case in cases}.values()
+    theirs = sum(_training_template(case) is not None for case in first)
     return Figure(
         "D2", "templates proven in each conversation, the others refused by name",
         ", ".join(f"{chat} {proven[chat]}" for chat in chats) + f" of {templates}; silently wrong {wrong}",
-        "TRL trains about 25 templates, found by equal bytes", "0 silently wrong", not wrong, conditions,
+        f"TRL has a template to train with for {theirs} of {templates}", "0 silently wrong", not wrong, conditions,
     )  # fmt: skip
 
 
@@ -229,9 +231,9 @@ def _pairs(names: tuple[str, ...], conditions: str) -> Figure:
             if one is None or other is None or one.text != other.text:
                 counts["refused or another text"] += 1
                 continue
-            known = parity.TRAINED_WIDER.get(name, ((), ""))  # type: ignore[union-attr]
-            kind = "equal" if name not in parity.TRAINED_WIDER else "equal but for one known string"  # type: ignore[union-attr]
-            counts[kind if parity.same_tokens(one, other, *known) else "different"] += 1  # type: ignore[union-attr]
+            wider = parity.TRAINED_WIDER.get(name.removeprefix("trl__"))  # type: ignore[union-attr]
+            same = parity.same_tokens(one, other, *(wider or ((), "")))  # type: ignore[union-attr]
+            counts["different" if not same else "equal but for one known string" if wider else "equal"] += 1
     return Figure(
         "D3", "masks of originals beside the markers of TRL's twins", _said(counts), "the twin itself",
         "equal on all pairs of equal text", not counts["different"], conditions,

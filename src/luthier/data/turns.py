@@ -9,10 +9,14 @@ rewrites history or adds `<think>` to the prompt only, the header is what P_i ha
 cut at whole control tokens, never inside `<|`. What then stands between start and answer must be white space,
 thinking marks, or template text without a turn opener; otherwise the row is refused.
 
+An empty answer begins where it would with a word in it, if the rest of the text is the same then.
+
 End: the first stop token after the turn's last piece and before the next turn's opener. Which tokens close and open
 turns is learned once per template (turn_habits.py): `ends` close an answer that a user turn follows, `openers` begin
-turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
-tag: then that tag is trained, and an answer that ends the conversation gets the tag (`closing`) appended.
+turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's tag: then that tag
+is trained, and an answer that ends the conversation gets the tag (`closing`) appended. A call may end otherwise than
+an answer: with the last control string that it prints whether or not its result follows (`<|eom_id|>`, Apertus'
+`<|tools_suffix|>`, the `<|observation|>` of GLM); one that ends the conversation gets what would stand there.
 """
 
 from __future__ import annotations
@@ -250,6 +254,8 @@ class TurnFinder:
     def _tag_end(self, index: int, last: int, after: int) -> int | None:
         """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
         tail = self._alone_tail(index, last)
+        if not self.whole.of(index) and (tail is None or not self.whole.text.startswith(tail, last)):
+            return self._empty_end(last, after)
         if tail is None:
             return None
         for found in self.controls.finditer(tail):
@@ -261,3 +267,13 @@ class TurnFinder:
         tag = self.controls.search(self.whole.text, last + len(tail), after)
         between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
         return tag.end() if tag and not between.strip() else None
+
+    def _empty_end(self, last: int, after: int) -> int | None:
+        """The end of the tag after an empty answer that has nothing but thinking marks and white space."""
+        for found in self.controls.finditer(self.whole.text, last, after):
+            if THINK.fullmatch(found.group()):
+                continue
+            known = found.group() in {*self.habits.openers, *self.habits.ends, self.habits.tag}
+            blank = not THINK.sub("", self.whole.text[last : found.start()]).strip()
+            return found.end() if known and blank else None
+        return None
