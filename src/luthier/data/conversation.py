@@ -31,6 +31,7 @@ _CALLS = ("tool_call", "function_call")  # roles of turns whose content is the J
 # Classes that rows really have stand before the abstract ones, which are slow to ask.
 OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
+_REASONING = ("reasoning_content", "reasoning")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -90,8 +91,6 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
-    if message.keys().isdisjoint(_WEIGHTS):
-        return None
     for name in _WEIGHTS:
         value = message.get(name)
         if value is None:
@@ -237,8 +236,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if thought:
+    thought = next((message[name] for name in _REASONING if message.get(name)), None)
+    if thought is not None:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 
