@@ -92,9 +92,9 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
+    notes: list[str] = field(default_factory=list)  # what people should know of how the rows were encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -154,11 +154,11 @@ class Ledger:
             lines.append(f"{self.total('evaluation')} of the kept rows are held out for evaluation")
         if self.leaked:
             lines.append(f"warning: {self.leaked} evaluation rows also stand in the training rows")
-        lines += [f"note: {note}" for note in self.notes]
         for account in self.accounts:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
