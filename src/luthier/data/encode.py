@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from luthier.contracts.record import (
     Tokens,
 )
 from luthier.data import overlong, pairs
+from luthier.data.fields import DataFields
 from luthier.data.given import segments_row, tokens_row
 from luthier.data.ledger import Change, Dropped
 from luthier.data.mask import Masked, Masker
@@ -51,24 +52,6 @@ from luthier.data.tokens import check_atomic
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
 Row = tuple[np.ndarray, np.ndarray, tuple[int, ...]]  # tokens_T, weights_T, places where it may be cut
-
-
-class MaskFields(Protocol):
-    """`data.mask` of the recipe."""
-
-    roles: Any
-    last_turn_only: bool
-    thinking: Any
-    train_generation_prompt: bool
-
-
-class DataFields(Protocol):
-    """The part of the recipe's data section that encoding reads."""
-
-    mask: Any
-    max_tokens: int
-    overlong: Any
-    injection: Any
 
 
 class Encoder:

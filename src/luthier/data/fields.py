@@ -1,0 +1,26 @@
+"""What encoding reads of the recipe's data section: the fields, and nothing else of it.
+
+Protocols, so that a run of another kind (an opened result, a test) can give them without a recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class MaskFields(Protocol):
+    """`data.mask` of the recipe."""
+
+    roles: Any
+    last_turn_only: bool
+    thinking: Any
+    train_generation_prompt: bool
+
+
+class DataFields(Protocol):
+    """The part of the recipe's data section that encoding reads."""
+
+    mask: Any
+    max_tokens: int
+    overlong: Any
+    injection: Any
