@@ -24,6 +24,7 @@ from luthier.data.texts import prompt, whole
 
 REASON = "the same as an earlier row"
 _BYTES = 16
+_FOLDED = bytes(32 if chr(i).isspace() and i < 128 else ord(chr(i).lower()) if i < 128 else i for i in range(256))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,14 @@ class ExactDedup(SetStep):
 
     def sketch(self, room: Room) -> Sketcher:
         words = prompt if self.of == "prompt" else whole
+        form = normalised_bytes if self.normalise else _as_it_is
 
         def digests(items: Sequence[Item]) -> NDArray[Any]:
-            raw = bytearray()
-            for item in items:
-                text = words(item.record) or whole(item.record)
-                raw += digest(normalised(text) if self.normalise else text)
+            raw = b"".join(
+                [blake2b(form(words(item.record) or whole(item.record)), digest_size=_BYTES).digest() for item in items]
+            )
             sketches_B = np.zeros(len(items), dtype=[("digest", f"V{_BYTES}"), ("score", "f8")])
-            sketches_B["digest"] = np.frombuffer(bytes(raw), dtype=f"V{_BYTES}")
+            sketches_B["digest"] = np.frombuffer(raw, dtype=f"V{_BYTES}")
             sketches_B["score"] = [self._score(item) for item in items]
             return sketches_B
 
@@ -66,15 +67,21 @@ class ExactDedup(SetStep):
 
 
 def normalised(text: str) -> str:
-    """NFKC, case folded, white space collapsed. Plain ASCII, most of all text, needs no NFKC."""
+    """NFKC, case folded, white space collapsed: the plain twin of `normalised_bytes`."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def normalised_bytes(text: str) -> bytes:
+    """`normalised` in UTF-8. ASCII, most of all text, takes one pass through a table; NFKC does nothing to it."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
+        return _as_it_is(normalised(text))
+    folded = text.encode("ascii").translate(_FOLDED)
+    return b" ".join(folded.split()) if b"  " in folded else folded.strip(b" ")
 
 
-def digest(text: str) -> bytes:
-    """128 bits of the text; lone surrogates are digested as they are."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_BYTES).digest()
+def _as_it_is(text: str) -> bytes:
+    """UTF-8; lone surrogates are digested as they are."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def first_of_each(digests_B: NDArray[Any], scores_B: NDArray[Any]) -> NDArray[Any]:
