@@ -70,7 +70,7 @@ def stand_ins(
 def _earlier(
     kept: list[_Kept], points: NDArray[Any], facts: NDArray[Any], probes: NDArray[Any], threshold: float
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(rank of the most wanted row that stays and is alike, or -1; whether any is close) over the clusters looked at."""
+    """(rank of the most wanted alike row that stays or -1, whether any is close) over the clusters looked at."""
     rank, close = np.full(len(points), _NONE), np.zeros(len(points), dtype=bool)
     for cluster in np.unique(probes):
         some = np.flatnonzero((probes == cluster).any(axis=1))
