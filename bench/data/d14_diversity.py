@@ -40,7 +40,7 @@ def _value(count: int, keep: int) -> Figure:
     begin = time.perf_counter()
     ours = _covered(near, facility_location(x, keep))
     took = time.perf_counter() - begin
-    rival, reached = "apricot is not installed", True
+    rival, reached = "apricot is not installed", False
     try:
         from apricot import FacilityLocationSelection
     except ImportError:
