@@ -35,7 +35,7 @@ def _rate(count: int, accents: bool) -> Figure:
     return Figure(
         "D11", f"exact duplicates, {kind}", f"{count / ours:,.0f} rows/s", f"set(): {count / theirs:,.0f} rows/s",
         ">= 80,000 rows/s, the rows that a set keeps", count / ours >= _BAR,
-        f"{count:,} chats of {characters:.0f} characters, one core, best of 5 in turn",
+        f"{count:,} chats of {characters:.0f} characters, CPU time, best of 5 in turn",
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _rates(count: int, quick: bool) -> list[Figure]:
         1 if quick else 3, lambda: _step(rows), lambda: _datasketch_pairs(few, 0.8), lambda: _rensa(rows)
     )
     rate = count / ours
-    made = "one core, end to end with shingling, best of 3 in turn, rows of 600 characters"
+    made = "CPU time, end to end with shingling, best of 3 in turn, rows of 600 characters"
     if _datasketch_pairs(few[:2], 0.8) is None:
         return [Figure("D12", "near duplicates, rate", f"{rate:,.0f} rows/s", "datasketch is not installed",
                        ">= 8,000 rows/s and >= 5 x datasketch", False, made)]  # fmt: skip

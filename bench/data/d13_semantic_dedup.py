@@ -90,7 +90,7 @@ def _rate(quick: bool) -> Figure:
     return Figure(
         "D13", "semantic duplicates, rate", f"{rate:,.0f} rows/s", rival, ">= 3,000 rows/s", rate >= 3000,
         f"{len(rows):,} rows of {sum(map(len, texts)) / len(texts):.0f} characters (four times the file, numbered), "
-        "one core, embedding included, model loaded anew, best of 3 in turn",
+        "CPU time, embedding included, model loaded anew, best of 3 in turn",
     )  # fmt: skip
 
 

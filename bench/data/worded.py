@@ -72,11 +72,12 @@ def chats(count: int, characters: int, accents: bool) -> list[Item]:
 
 
 def seconds(turns: int, *works: Callable[[], object]) -> list[float]:
-    """The best time of each of some works, run in turn so that all meet the same load."""
+    """The best CPU time of each of some works, run in turn: of one core, whatever else the machine does, and of all
+    threads together where a work has more."""
     best = [float("inf")] * len(works)
     for _ in range(turns):
         for k, work in enumerate(works):
-            begin = time.perf_counter()
+            begin = time.process_time()
             work()
-            best[k] = min(best[k], time.perf_counter() - begin)
+            best[k] = min(best[k], time.process_time() - begin)
     return best

@@ -39,8 +39,10 @@ def test_equal_scores_keep_the_first() -> None:
     assert first_of_each(digests_B, np.zeros(3)).tolist() == [True, True, False]
 
 
-@given(
-    st.one_of(st.text(alphabet=[chr(i) for i in range(128)]), st.text(), st.text(alphabet="\x1c\x1f\x85\xa0 ßK\ud800"))
-)
+ASCII = [chr(code) for code in range(128)]
+AWKWARD = "\x1c\x1f\x85\xa0 ßK\ud800\u0301\u0308eE¨\u2028ﷺ"
+
+
+@given(st.one_of(st.text(alphabet=ASCII), st.text(), st.text(alphabet=AWKWARD)))
 def test_the_table_says_what_unicode_says(text: str) -> None:
     assert normalised_bytes(text) == normalised(text).encode("utf-8", "surrogatepass")

@@ -194,6 +194,11 @@ def test_facts() -> None:
     assert facts("Das ist kein Test")[1] and digest("two") == digest("2") != digest("3")
 
 
+@given(st.text(alphabet=[chr(code) for code in range(128)]))
+def test_facts_of_ascii_are_those_of_any_text(text: str) -> None:
+    assert facts(text) == facts(f"{text} 你")
+
+
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for model, said in (

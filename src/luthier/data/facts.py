@@ -17,7 +17,8 @@ from hashlib import blake2b
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_WORD = re.compile(r"[^\W\d_]+")
+_LETTERS = {code: " " for code in range(128) if not chr(code).isalpha()}  # the same cut for ASCII, faster
 _FIRST = (
     "two three four five six seven eight nine ten eleven twelve "
     "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -35,12 +36,14 @@ _NEGATING_SIGNS = re.compile("[不没沒無无未非别別勿]")
 
 def facts(text: str) -> tuple[frozenset[str], bool]:
     """(the numbers of a text, whether it negates)."""
-    if not text.isascii():
+    plain = text.isascii()
+    if not plain:
         text = unicodedata.normalize("NFKC", text)
-    said = _WORD.findall(text.casefold())
-    numbers = {*_numbers(text), *(_DIGITS[word] for word in said if word in _DIGITS)}
-    negates = any(word in _NEGATING or word.endswith(("n't", "n’t")) for word in said)
-    if not negates and not text.isascii():
+    folded = text.casefold()
+    said = set(folded.translate(_LETTERS).split() if plain else _WORD.findall(folded))
+    numbers = {*_numbers(text), *(_DIGITS[word] for word in said & _DIGITS.keys())}
+    negates = bool(said & _NEGATING) or "n't" in folded or "n’t" in folded
+    if not negates and not plain:
         negates = bool(_NEGATING_SIGNS.search(_ASKING.sub("", text)))
     return frozenset(numbers), negates
 
@@ -59,4 +62,6 @@ def _numbers(text: str) -> Iterator[str]:
         number = _THOUSANDS.sub("", found)
         if "." in number and number.count(".") == 1:
             number = number.rstrip("0").rstrip(".")
-        yield "".join(str(unicodedata.digit(sign, -1)) if sign.isdigit() else sign for sign in number)
+        if not number.isascii():
+            number = "".join(str(unicodedata.digit(sign)) if sign.isdigit() else sign for sign in number)
+        yield number
