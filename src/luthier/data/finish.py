@@ -16,7 +16,7 @@ from typing import Any
 from luthier.contracts.errors import DataError
 from luthier.contracts.step import Item
 from luthier.data import built
-from luthier.data.exact_words import digest_of
+from luthier.data.exact_words import as_it_is, digest_of
 from luthier.data.ledger import Account, Ledger
 from luthier.data.passes import ApplyPass, PartPass, Pass, Read, Report, RowPass
 from luthier.data.tally import Tally
@@ -142,7 +142,9 @@ def copies_of(item: Item, weight: float, seed: int) -> int:
     part = weight - int(weight)
     if not part:
         return int(weight)
-    chance = int.from_bytes(digest_of(f"{seed}|{item.record.source}|{whole(item.record)}")[:8], "little") / 2.0**64
+    chance = (
+        int.from_bytes(digest_of(as_it_is(f"{seed}|{item.record.source}|{whole(item.record)}"))[:8], "little") / 2.0**64
+    )
     return int(weight) + (chance < part)
 
 
