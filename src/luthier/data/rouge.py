@@ -19,6 +19,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,15 +42,20 @@ def lcs(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def lcs_fast(first: Sequence[str], second: Sequence[str]) -> int:
+def lcs_fast(first: Sequence[Any], second: Sequence[Any]) -> int:
     """The same: bit i of `row` is 0 where the table grows from i to i + 1."""
-    marks: dict[str, int] = {}
+    return _grown(_marks(first), len(first), second)
+
+
+def _marks(first: Sequence[Any]) -> dict[Any, int]:
+    """Where each word stands, as bits."""
+    marks: dict[Any, int] = {}
     for place, one in enumerate(first):
         marks[one] = marks.get(one, 0) | 1 << place
-    return _grown(marks, len(first), second)
+    return marks
 
 
-def _grown(marks: dict[str, int], length: int, second: Sequence[str]) -> int:
+def _grown(marks: dict[Any, int], length: int, second: Sequence[Any]) -> int:
     full = (1 << length) - 1
     row = full
     for other in second:
@@ -65,51 +71,48 @@ def rouge_l(first: str, second: str) -> float:
 
 
 class Pool:
-    """Texts against which new ones are held."""
+    """Texts against which new ones are held, as numbers of words: some 150 bytes and 12 a word for each."""
 
     def __init__(self) -> None:
-        self._words: list[list[str]] = []
+        self._numbers: dict[str, int] = {}
+        self._texts: list[array[int]] = []
         self._lengths = array("q")
-        self._places: dict[tuple[str, int], array[int]] = {}  # a word's k-th time -> the texts that have it
+        self._places: dict[tuple[int, int], array[int]] = {}  # a word's k-th time -> the texts that have it
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._texts)
 
     def add(self, text: str) -> None:
         """One more text, words or not."""
-        made = words(text)
+        made = array("i", [self._numbers.setdefault(word, len(self._numbers)) for word in words(text)])
         for word in _counted(made):
-            self._places.setdefault(word, array("q")).append(len(self._words))
-        self._words.append(made)
+            self._places.setdefault(word, array("i")).append(len(self._texts))
+        self._texts.append(made)
         self._lengths.append(len(made))
 
     def nearest(self, text: str, least: float) -> tuple[float, int]:
         """The largest F to a text of the pool and its number, where that is at least `least`; else (0.0, -1)."""
-        made = words(text)
+        made = [self._numbers.get(word, -1) for word in words(text)]
         lists = [self._places[word] for word in _counted(made) if word in self._places]
         if not lists:
             return 0.0, -1
-        joined = np.concatenate([np.frombuffer(one, np.int64) for one in lists])
-        common = np.bincount(joined, minlength=len(self._words))
+        common = np.bincount(np.concatenate([np.frombuffer(one, np.intc) for one in lists]), minlength=len(self))
         bound = 2 * common / (np.frombuffer(self._lengths, np.int64) + len(made))
-        marks: dict[str, int] = {}
-        for place, one in enumerate(made):
-            marks[one] = marks.get(one, 0) | 1 << place
-        best, which = 0.0, -1
         candidates = np.flatnonzero(bound >= least)
+        marks, best, which = _marks(made), 0.0, -1
         for number in candidates[np.argsort(-bound[candidates], kind="stable")].tolist():
-            if bound[number] < best or (bound[number] == best and which >= 0 and which < number):
+            if bound[number] < best:
                 break
-            other = self._words[number]
+            other = self._texts[number]
             value = 2 * _grown(marks, len(made), other) / (len(made) + len(other))
             if value >= least and (value > best or (value == best and number < which)):
                 best, which = value, number
         return best, which
 
 
-def _counted(made: Sequence[str]) -> list[tuple[str, int]]:
+def _counted(made: Sequence[int]) -> list[tuple[int, int]]:
     """Each word with how often it stood before."""
-    seen: Counter[str] = Counter()
+    seen: Counter[int] = Counter()
     counted = []
     for word in made:
         counted.append((word, seen[word]))

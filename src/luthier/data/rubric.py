@@ -13,7 +13,7 @@ Left out: references (a row has no second answer to compare with), rubrics of se
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -47,10 +47,10 @@ def scale(record: Record, rubric: str, sample: int = 0) -> Question:
     """How good the answer of a record is (of a text: the text)."""
     told = record.answer if isinstance(record, Judged) else record
     if isinstance(told, Text):
-        row, what = _marked([("text", told.text)]), "the text as material that a language model learns from"
+        row, what = marked([("text", told.text)]), "the text as material that a language model learns from"
     else:
         before, answer = shown(told)
-        row, what = _marked([*before, ("answer", answer)]), "the answer to the request"
+        row, what = marked([*before, ("answer", answer)]), "the answer to the request"
     system = (
         f"You judge {what}. {_MARKS}\nChoose the line of this scale that fits best:\n\n{rubric}\n\n"
         "Judge what is there, not how sure or how long it sounds; check facts, steps, code and numbers yourself. Say "
@@ -64,7 +64,7 @@ def versus(pair: Pair, rubric: str, *, swapped: bool, sample: int = 0) -> Questi
     before, chosen = shown(pair.chosen)
     _, rejected = shown(pair.rejected)
     sides = (rejected, chosen) if swapped else (chosen, rejected)
-    row = _marked([*before, ("answer A", sides[0]), ("answer B", sides[1])])
+    row = marked([*before, ("answer A", sides[0]), ("answer B", sides[1])])
     system = (
         f"You judge which of two answers to one request is better. {_MARKS}\nThis is how a single answer would be "
         f"marked:\n\n{rubric}\n\nThe order in which they stand means nothing, nor does length. Say tie where neither "
@@ -98,7 +98,8 @@ def _words(message: Mapping[str, Any]) -> str:
     return "\n".join([*parts, *(json.dumps(call, ensure_ascii=False) for call in calls)])
 
 
-def _marked(parts: list[Said]) -> str:
+def marked(parts: Sequence[Said]) -> str:
+    """Texts between marks that nothing inside them can forge: their number is a digest of the texts."""
     number = blake2b("\0".join(text for _, text in parts).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     made = []
     for name, text in parts:
