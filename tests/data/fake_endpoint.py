@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -55,6 +56,7 @@ class FakeEndpoint:
         self._lock = threading.Lock()
 
     def __enter__(self) -> FakeEndpoint:
+        os.environ.setdefault("NO_PROXY", "127.0.0.1")  # a proxy of the machine's knows nothing of us
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)

@@ -25,11 +25,6 @@ SCHEMA = {"type": "object", "properties": {"score": {"type": "integer", "minimum
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def questions(count: int) -> list[Question]:
     return [Question(({"role": "user", "content": f"row {place}"},), SCHEMA) for place in range(count)]
 

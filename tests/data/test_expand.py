@@ -40,11 +40,6 @@ WORDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def rows(count: int = 12) -> list[Item]:
     made: list[Record] = []
     for place in range(1, count + 1):

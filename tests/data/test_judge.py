@@ -21,11 +21,6 @@ from luthier.data.rubric import scale, shown, versus
 from luthier.data.steps.judge import Judge
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def chat(place: int, answer: str = "") -> Chat:
     messages = (
         {"role": "user", "content": f"question {place}"},

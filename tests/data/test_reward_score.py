@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from luthier.contracts.errors import DataError, RecipeError
-from luthier.contracts.record import Completion, Judged, Pair, Record, Source
+from luthier.building import scorer_of
+from luthier.contracts.errors import DataError, ModelError, RecipeError
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Source
 from luthier.contracts.step import Item, Room
 from luthier.data import applied
 from luthier.data.applied import apply
 from luthier.data.steps.reward_score import BELOW, BEYOND, UNSCORED, WRONG, RewardScore
+from luthier.models.load import load_model, save_whole
+from luthier.recipe.recipe import ModelSection
 
 
 def scorer(model: str) -> Callable[[Sequence[Record]], list[float | None]]:
@@ -89,3 +94,27 @@ def test_wrong_fields_teach(fields: dict[str, Any], what: str) -> None:
     assert f"data.steps.reward_score.{what}" in caught.value.line()
     with pytest.raises(RecipeError, match="give Room a scorer"):
         apply([RewardScore(model="rm")], rows([1]), Room(Path("unused")))
+
+
+def test_a_real_reward_model_behind_the_seam(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """Scores of the build's own scorer are those of transformers' class on the rendered rows."""
+    base = shared_data("models/stories260K-chatml")
+    loaded = load_model(ModelSection(path=str(base)), dtype=torch.float32, reads="scores", head_seed=5)
+    place = save_whole(loaded.model, loaded.tokenizer, loaded.tokenizer.chat_template, tmp_path / "rm")
+    said = ("a cat sat", "the dog ran far away", "no")
+    chats = [
+        Chat(({"role": "user", "content": "Say"}, {"role": "assistant", "content": one}), Source("c.jsonl", at))
+        for at, one in enumerate(said, 1)
+    ]
+    long = Chat(({"role": "user", "content": "x " * 4000}, {"role": "assistant", "content": "y"}), Source("c.jsonl", 4))
+    items = [Item(chat, "c") for chat in (*chats, long)]
+    room = Room(tmp_path, scorer=scorer_of)
+    kept, (tally,) = apply([RewardScore(model=str(place), on_failure="drop")], items, room)
+    assert tally.left[UNSCORED].places == ["c.jsonl:4"] and len(kept) == 3
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    for item, chat in zip(kept, chats, strict=True):
+        text = tokenizer.apply_chat_template(list(chat.messages), tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        assert item.notes["reward"] == pytest.approx(model(ids).logits.item(), abs=2e-4)
+    with pytest.raises(ModelError, match="no score head"):
+        scorer_of(str(base))

@@ -97,8 +97,8 @@ class Room:
     `cache`: a directory of the step's own that outlives crashes and reruns (answers of an endpoint, an index). Files
     in it are written whole or not at all (disk/durable.py). `evaluation`: the files of `data.eval`. `tokenizer` opens
     the recipe's tokenizer, for steps that count tokens; it can be sent to another process. `scorer` opens a reward
-    model of a path: records -> one number each, None where a row does not fit it. `progress` hears of long work: what
-    is done, how much of it, of how much.
+    model of a path: records -> one number each, None where a row does not fit it. `progress` hears of a long decision:
+    what is made, how many of them, of how many.
     """
 
     cache: Path

@@ -90,8 +90,6 @@ class Asker:
                 except _Halt:
                     return
                 self._done += 1
-                if self._room.progress is not None:
-                    self._room.progress(self._what, self._done, self._of)
 
         most = min(self.endpoint.concurrency, len(questions))
         limits = httpx.Limits(max_connections=most or 1, max_keepalive_connections=most or 1)

@@ -20,7 +20,7 @@ of quality. Leaves out: several turns, tools, preference pairs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -102,16 +102,21 @@ class Expand(SetStep):
             gate.pool.add(prompt(item.record))
             if (not self.seeds or item.origin in self.seeds) and parent(item.record) is not None:
                 seeds.append(at)
+        if not seeds and not len(rows):
+            return Decision(np.ones(0, np.int64), np.zeros(0, np.int64), (), figures={"wanted": self.rows, "made": 0})
         if not seeds:
             raise DataError("no row to make new ones from", where=_PLACE, value=", ".join(self.seeds) or None,
                             remedy="needs rows of one request and one answer; look at seeds")  # fmt: skip
         asker = Asker(endpoint_of(self.endpoint, f"{_PLACE}.endpoint"), room, "expand")
-        made, figures = self._loop(asker, gate, _Seeds(rows, seeds, room.seed))
+        tell = room.progress or (lambda what, done, total: None)
+        made, figures = self._loop(asker, gate, _Seeds(rows, seeds, room.seed), tell)
         n = len(sketches_B)
         added = [(item, f"made by {self.how.replace('_', '-')}") for item in made]
         return Decision(np.ones(n, np.int64), np.zeros(n, np.int64), (), added=added, figures=figures)
 
-    def _loop(self, asker: Asker, gate: Gate, seeds: _Seeds) -> tuple[list[Item], dict[str, Any]]:
+    def _loop(
+        self, asker: Asker, gate: Gate, seeds: _Seeds, tell: Callable[[str, int, int], None]
+    ) -> tuple[list[Item], dict[str, Any]]:
         made: list[Item] = []
         failed: Counter[str] = Counter()
         asked = candidates = idle = 0
@@ -129,6 +134,7 @@ class Expand(SetStep):
                     if gate.takes(task["request"], task["answer"]):
                         made.append(self._item(task, one, len(made) + 1))
             idle = 0 if len(made) > before else idle + 1
+            tell("expand: new rows", len(made), self.rows)
         if not made:
             why = ", ".join(f"{count} {what}" for what, count in (gate.rejected + failed).most_common(3))
             raise DataError("the model made no row that could be taken", where=_PLACE, value=why or None,

@@ -87,6 +87,10 @@ class Mix(SetStep):
             raise RecipeError("a row stands at least once", where=f"{_PLACE}.repeat_up_to", value=self.repeat_up_to)
         self._replayed()
 
+    @property
+    def counts_tokens(self) -> bool:
+        return self.by == "tokens"
+
     def sketch(self, room: Room) -> Sketcher:
         sizes = _counter(self.by, room)
         seed = room.seed.to_bytes(8, "little", signed=False)
