@@ -104,9 +104,14 @@ class FakeEndpoint:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: two would wait 40 ms for each other (Nagle, delayed ACK)
 
             def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                content = self.rfile.read(size := int(self.headers["Content-Length"]))
+                if len(content) < size:  # whoever asked is dead
+                    self.close_connection = True
+                    return
+                request = json.loads(content)
                 place = owner._arrive(request, dict(self.headers))
                 try:
                     self._serve(request, owner.faults(place, request) or "")
@@ -164,6 +169,7 @@ class FakeEndpoint:
                 self.end_headers()
                 with suppress(OSError):  # nobody listens any more
                     self.wfile.write(content[: len(content) // 2] if cut else content)
+                    self.wfile.flush()
                 if cut:
                     self.close_connection = True
 
