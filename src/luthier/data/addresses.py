@@ -56,7 +56,7 @@ _SAYS_VERSION = re.compile(
     re.IGNORECASE,
 )
 _SAYS_IP = re.compile(
-    r"(?<![a-z])(?:\bips?\b|ipv4|addr|address|host|server|dns|ping|ssh|gateway|router|proxy|subnet|client|remote|node|peer|from|at|to|"
+    r"(?<![a-z])(?:\bips?\b|ipv4|addr|address|host|server|dns|ping|ssh|gateway|router|proxy|subnet|client|remote|node|peer|"
     r"地址|服务器|主机|网关|登录)[^\n]{0,24}\Z",
     re.IGNORECASE,
 )

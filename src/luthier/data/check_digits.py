@@ -59,7 +59,7 @@ def card(digits: str) -> bool:
 
 def mod97(iban: str) -> bool:
     """An IBAN in capitals without spaces: the country's length, and 1 mod 97."""
-    if IBAN_LENGTHS.get(iban[:2]) != len(iban) or not iban.isalnum() or not iban[2:4].isdigit():
+    if IBAN_LENGTHS.get(iban[:2]) != len(iban) or not iban.isalnum() or not iban[2:4].isdigit() or set(iban[4:]) == {"0"}:
         return False
     return int("".join(str(int(letter, 36)) for letter in iban[4:] + iban[:4])) % 97 == 1
 

@@ -64,7 +64,7 @@ def keys(text: str) -> Iterator[tuple[int, int]]:
         yield from (match.span() for match in PRIVATE_KEY.finditer(text))
     if any(beginning in text for beginning in _BEGINNINGS) or _LONG_WORD.search(text):
         yield from (match.span() for match in KEY.finditer(text))
-    for word in ("earer ", "ws_", "WS_", "AccountKey", "hooks.slack"):
+    for word in ("earer ", "ws_", "WS_", "wsSecret", "AccountKey", "hooks.slack"):
         if word in text:
             for match in ANNOUNCED.finditer(text):
                 yield match.span(match.lastgroup or 0)

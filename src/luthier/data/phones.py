@@ -119,7 +119,7 @@ def _national(digits: str, groups: list[str], written: str) -> bool:
 
 def _european(shape: tuple[int, ...], written: str) -> bool:
     """Trunk 0: pairs as in France, area and number as in Germany, Britain, Italy or the Netherlands."""
-    pairs = shape == (2, 2, 2, 2, 2)
+    pairs = len(shape) >= 4 and set(shape[1:]) == {2}
     area = shape[0] in (2, 3, 4, 5) and shape[-1] >= 2 and max(shape[1:]) >= 3 and len(shape) <= 5
     if "." in written and not pairs:  # 01.2345.6789 is a numbering of something
         return area and len(shape) >= 3 and min(shape) >= 3
