@@ -1,11 +1,11 @@
 """Addresses of the network: e-mail, IPv4, IPv6 and MAC, told from what only looks like them.
 
-    e-mail  local@domain.tld with a top level domain that exists (IANA), also `name [at] host [dot] org`; not `icon@2x.png`,
-            not `x@w.mT` of a matrix product, not the `git@host:` of a repository
-    IPv4    four bytes without leading zeros; not a version (`v1.2.3.4`, `==1.2.3.4`, `1.2.3.4-rc1`, a number of a
-            section), not a netmask, not the machine itself (127…, 0.0.0.0)
-    IPv6    what the standard library reads as one (RFC 4291), with enough of it that `a::b` or `x[1::2]` is none
-    MAC     six bytes with one kind of separator; not all zeros or ones, not part of a longer fingerprint
+e-mail  local@domain.tld with a top level domain that exists (IANA), also `name [at] host [dot] org`; not `icon@2x.png`,
+        not `x@w.mT` of a matrix product, not the `git@host:` of a repository
+IPv4    four bytes without leading zeros; not a version (`v1.2.3.4`, `==1.2.3.4`, `1.2.3.4-rc1`, a number of a
+        section), not a netmask, not the machine itself (127…, 0.0.0.0)
+IPv6    what the standard library reads as one (RFC 4291), with enough of it that `a::b` or `x[1::2]` is none
+MAC     six bytes with one kind of separator; not all zeros or ones, not part of a longer fingerprint
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _COUNTRIES = (
     "us uy uz va vc ve vg vi vn vu wf ws ye yt za zm zw"
 )
 _GENERIC = (
-    "com net org edu gov mil int arpa info biz name pro aero asia cat coop jobs mobi museum post tel travel app dev xyz "
+    "com net org edu gov mil int arpa info biz name pro aero asia cat coop jobs mobi museum post tel travel app dev "
+    "xyz "
     "online site tech store shop blog cloud email live life world club today news media agency company solutions "
     "services group team studio design digital page link space website host fun art wiki top vip work works berlin "
     "london paris nyc tokyo hamburg koeln wien bayern bank insurance health hospital school university academy "
@@ -32,7 +33,7 @@ _GENERIC = (
     "legal consulting engineering education photography gmbh ltd inc llc one plus zone run codes science example test "
     "local localhost internal lan corp home church music photos tools support help energy green land city community"
 )
-_TOP = frozenset(f"{_COUNTRIES} {_GENERIC}".split())
+_TOP = frozenset((_COUNTRIES + " " + _GENERIC).split())
 _L = "A-Za-z0-9À-ɏ"
 _EMAIL = re.compile(
     rf"(?<![{_L}._%+-])(?P<name>[{_L}_](?:[{_L}._%+-]|'(?=[A-Za-z])){{0,63}})@"
@@ -60,10 +61,15 @@ _SAYS_IP = re.compile(
     r"地址|服务器|主机|网关|登录)[^\n]{0,24}\Z",
     re.IGNORECASE,
 )
-_V6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{0,39}:)[0-9A-Fa-f:]{4,39}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:])", re.ASCII)
-_MAC = re.compile(r"(?<![\w:-])(?:[0-9A-Fa-f]{2}([:-]))(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w]|[:-][0-9A-Fa-f])", re.ASCII)
+_V6 = re.compile(
+    r"(?<![\w:.])(?=[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{0,39}:)[0-9A-Fa-f:]{4,39}(?:(?<=:)\d{1,3}(?:\.\d{1,3}){3})?(?![\w:])",
+    re.ASCII,
+)
+_MAC = re.compile(
+    r"(?<![\w:-])(?:[0-9A-Fa-f]{2}([:-]))(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w]|[:-][0-9A-Fa-f])", re.ASCII
+)
 _DOTTED = re.compile(r"\d\.\d{1,3}\.\d")
-_FAMOUS = frozenset("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9".split())
+_FAMOUS = frozenset(("8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9"))
 _BRACKETED_AT = re.compile(r"[(\[{<] ?at ?[)\]}>]", re.IGNORECASE)
 _IN_LOGIN = re.compile(r"://[^\s/@]{1,100}:\Z")  # user:password@host, which credentials.py judges
 _REPOSITORY = frozenset(("git", "hg", "svn"))

@@ -2,10 +2,10 @@
 
     texts_of("gsm8k/test.jsonl")   ->   Asked("gsm8k/test.jsonl:1", "Janet's ducks lay …", is_answer=False), …
 
-A file of a known format is read as training rows are: every text of the user is asked, every text of the assistant is an
-answer. Of any other table (questions with `turns`, code with `canonical_solution`) every text of a row counts, and the
-name of its column says whether it is an answer. A file that holds no text is an error: comparing with it proves nothing.
-"""
+A file of a known format is read as training rows are: every text of the user is asked, every text of the assistant is
+an answer. Of any other table (questions with `turns`, code with `canonical_solution`) every text of a row counts, and
+the name of its column says whether it is an answer. A file that holds no text is an error: comparing with it proves
+nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from luthier.data.paths import expand
 from luthier.data.source import read_rows
 from luthier.data.texts import spoken
 
-_ANSWERS = re.compile(r"answer|solution|response|output|completion|target|label|gold|reference|test|chosen|rejected", re.I)
+_ANSWERS = re.compile(
+    r"answer|solution|response|output|completion|target|label|gold|reference|test|chosen|rejected", re.I
+)
 _FIRST_ROWS = 10
 
 

@@ -39,8 +39,10 @@ IBAN_LENGTHS = {
     "SK": 24, "SM": 27, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20,
 }  # fmt: skip
 _PROVINCES = frozenset(
-    "11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 71 81 82 83".split()
-)
+    str(region * 10 + number)
+    for region, numbers in ((1, 5), (2, 3), (3, 7), (4, 6), (5, 4), (6, 5))
+    for number in range(0 if region == 5 else 1, numbers + 1)
+) | {"71", "81", "82", "83"}
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _BECH32 = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
 
@@ -59,7 +61,12 @@ def card(digits: str) -> bool:
 
 def mod97(iban: str) -> bool:
     """An IBAN in capitals without spaces: the country's length, and 1 mod 97."""
-    if IBAN_LENGTHS.get(iban[:2]) != len(iban) or not iban.isalnum() or not iban[2:4].isdigit() or set(iban[4:]) == {"0"}:
+    if (
+        IBAN_LENGTHS.get(iban[:2]) != len(iban)
+        or not iban.isalnum()
+        or not iban[2:4].isdigit()
+        or set(iban[4:]) == {"0"}
+    ):
         return False
     return int("".join(str(int(letter, 36)) for letter in iban[4:] + iban[:4])) % 97 == 1
 

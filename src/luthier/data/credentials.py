@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterator
 
 _FORMS = (
-    r"sk-(?:proj-|svcacct-|admin-|or-v1-|ant-(?:api|admin|oat)\d\d-)?(?=[\w-]{0,40}\d)[A-Za-z0-9_-]{20,200}",  # OpenAI, Anthropic
+    r"sk-(?:proj-|svcacct-|admin-|or-v1-|ant-(?:api|admin|"
+    r"oat)\d\d-)?(?=[\w-]{0,40}\d)[A-Za-z0-9_-]{20,200}",  # OpenAI, Anthropic
     r"[spr]k_(?:live|test)_[A-Za-z0-9]{16,110}|whsec_[A-Za-z0-9]{24,64}",  # Stripe
     r"gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{22,255}",  # GitHub
     r"gl(?:pat|ptt|dt|rt|cbt|soat)-[A-Za-z0-9_-]{20,64}",  # GitLab
@@ -26,14 +27,16 @@ _FORMS = (
     r"(?:SK|AC)[0-9a-f]{32}",  # Twilio
     r"\d{8,10}:AA[A-Za-z0-9_-]{33}",  # Telegram
     r"[MNO][A-Za-z\d_-]{23,27}\.[A-Za-z\d_-]{6}\.[A-Za-z\d_-]{27,40}",  # Discord
-    r"do[oprt]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dckr_pat_[A-Za-z0-9_-]{27}",  # DigitalOcean, Shopify, Docker
+    r"do[oprt]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|"
+    r"dckr_pat_[A-Za-z0-9_-]{27}",  # DigitalOcean, Shopify, Docker
     r"LTAI[A-Za-z0-9]{12,20}|AKID[A-Za-z0-9]{32}",  # Alibaba, Tencent
     r"gsk_[A-Za-z0-9]{40,60}|xai-[A-Za-z0-9]{60,90}|r8_[A-Za-z0-9]{37}|nvapi-[A-Za-z0-9_-]{60,70}|tvly-[A-Za-z0-9-]{20,40}",
     r"eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{10,1000}",  # JSON web token
 )
 KEY = re.compile(r"(?<![A-Za-z0-9_+/])(?:" + "|".join(_FORMS) + r")(?![A-Za-z0-9_+/-])")
 PRIVATE_KEY = re.compile(
-    r"-----BEGIN (?P<kind>(?:[A-Z0-9]{1,10} ){0,3}PRIVATE KEY(?: BLOCK)?)-----[^-]{1,20000}(?:-(?!----)[^-]{0,20000}){0,50}"
+    r"-----BEGIN (?P<kind>(?:[A-Z0-9]{1,10} ){0,3}PRIVATE KEY(?: "
+    r"BLOCK)?)-----[^-]{1,20000}(?:-(?!----)[^-]{0,20000}){0,50}"
     r"-----END (?P=kind)-----"
 )
 ANNOUNCED = re.compile(
@@ -47,13 +50,16 @@ LOGIN = re.compile(
     r"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,20}://(?P<login>[^\s:@/?#\"'<>{}$]{1,100}:[^\s:@/\"'<>{}$*]{1,200})@"
     r"(?=[\w\[.-])"
 )
-_BLANKS = frozenset("user username login name usr password pass passwd pw pwd secret token xxx yourpassword".split())
+_BLANKS = frozenset(
+    ("user", "username", "login", "name", "usr", "password", "pass", "passwd", "pw", "pwd", "secret", "token", "xxx")
+)
 # What a text with a key in it must hold: looked for first, since the forms themselves are slow to try everywhere.
 _BEGINNINGS = (
-    "sk-", "k_live_", "k_test_", "whsec_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "glptt-", "gldt-",
-    "glrt-", "glcbt-", "glsoat-", "AKIA", "ASIA", "ABIA", "ACCA", "AGPA", "AIDA", "AIPA", "ANPA", "ANVA", "AROA", "xox", "xapp-",
-    "AIza", "ya29.", "GOCSPX-", "hf_", "api_org_", "npm_", "pypi-", "SG.", "key-", "SK", "AC", ":AA", "_v1_", "shpat_", "shpca_",
-    "shppa_", "shpss_", "dckr_pat_", "LTAI", "AKID", "gsk_", "xai-", "r8_", "nvapi-", "tvly-", "eyJ",
+    "sk-", "k_live_", "k_test_", "whsec_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "glptt-",
+    "gldt-", "glrt-", "glcbt-", "glsoat-", "AKIA", "ASIA", "ABIA", "ACCA", "AGPA", "AIDA", "AIPA", "ANPA", "ANVA",
+    "AROA", "xox", "xapp-", "AIza", "ya29.", "GOCSPX-", "hf_", "api_org_", "npm_", "pypi-", "SG.", "key-", "SK", "AC",
+    ":AA", "_v1_", "shpat_", "shpca_", "shppa_", "shpss_", "dckr_pat_", "LTAI", "AKID", "gsk_", "xai-", "r8_", "nvapi-",
+    "tvly-", "eyJ",
 )  # fmt: skip
 _LONG_WORD = re.compile(r"[MNO][\w-]{23}")  # how a token of Discord begins, which has no prefix
 
@@ -77,7 +83,6 @@ def logins(text: str) -> Iterator[tuple[int, int]]:
         for match in LOGIN.finditer(text):
             if not is_blank(match["login"]):
                 yield match.span("login")
-
 
 
 def is_blank(login: str) -> bool:

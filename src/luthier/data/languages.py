@@ -2,9 +2,10 @@
 
     1. letters by script: kana -> ja, hangul -> ko, han -> zh, Hebrew, Greek, Thai, Devanagari … by themselves; Arabic
        letters by those that only Persian or Urdu has
-    2. Latin and Cyrillic among the languages of languages.json (18 and 4: 150 to 500 frequent words each, the most frequent
-       first). A language scores for each word that is among its words, more the fewer languages share it; loses for each
-       letter that its alphabet lacks; and has the log-likelihood of the trigrams of the text under those of its words
+    2. Latin and Cyrillic among the languages of languages.json (18 and 4: 150 to 500 frequent words each, the most
+       frequent first). A language scores for each word that is among its words, more the fewer languages share it;
+       loses for each letter that its alphabet lacks; and has the log-likelihood of the trigrams of the text under those
+       of its words
     3. confidence = softmax of the scores over the languages of the script, times the share of that script's letters
 
 Code, addresses and placeholders are looked past. Without letters there is no language: None. A han character counts as
@@ -36,12 +37,13 @@ _LETTERS = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _HAN_LETTERS = 3  # what one character is worth in letters
 _LONGEST, _PART = 1200, 400
 _SCRIPTS = {
-    "kana": "\u3041-\u3096\u30a1-\u30fa\u30fc", "hangul": "\u1100-\u11ff\uac00-\ud7af", "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff",
-    "latin": "A-Za-zÀ-ɏ\u1e00-\u1eff", "cyrillic": "\u0400-\u052f", "arabic": "\u0620-\u06ff", "he": "\u05d0-\u05ea",
-    "el": "\u0370-\u03ff\u1f00-\u1fff", "th": "\u0e01-\u0e3a\u0e40-\u0e4e", "hi": "\u0900-\u097f", "bn": "\u0980-\u09ff",
-    "pa": "\u0a00-\u0a7f", "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
-    "ml": "\u0d00-\u0d7f", "si": "\u0d80-\u0dff", "lo": "\u0e80-\u0eff", "bo": "\u0f00-\u0fff", "my": "\u1000-\u109f",
-    "ka": "\u10a0-\u10ff", "am": "\u1200-\u137f", "km": "\u1780-\u17ff", "hy": "\u0530-\u058f",
+    "kana": "\u3041-\u3096\u30a1-\u30fa\u30fc", "hangul": "\u1100-\u11ff\uac00-\ud7af",
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "latin": "A-Za-zÀ-ɏ\u1e00-\u1eff", "cyrillic": "\u0400-\u052f",
+    "arabic": "\u0620-\u06ff", "he": "\u05d0-\u05ea", "el": "\u0370-\u03ff\u1f00-\u1fff",
+    "th": "\u0e01-\u0e3a\u0e40-\u0e4e", "hi": "\u0900-\u097f", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f",
+    "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
+    "ml": "\u0d00-\u0d7f", "si": "\u0d80-\u0dff", "lo": "\u0e80-\u0eff", "bo": "\u0f00-\u0fff",
+    "my": "\u1000-\u109f", "ka": "\u10a0-\u10ff", "am": "\u1200-\u137f", "km": "\u1780-\u17ff", "hy": "\u0530-\u058f",
 }  # fmt: skip
 _OF_SCRIPT = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
 _CYRILLIC = ("ru", "uk", "bg", "sr")
@@ -170,8 +172,11 @@ def _listed() -> dict[str, list[str]]:
 
 @cache
 def _profiles(script: str) -> _Profiles:
-    """Of the words of languages.json. A trigram counts by the ranks of its words; a word by how few languages share it."""
-    listed = {language: words for language, words in _listed().items() if (language in _CYRILLIC) == (script == "cyrillic")}
+    """Of the words of languages.json. A trigram counts by the ranks of its words; a word by how few languages share
+    it."""
+    listed = {
+        language: words for language, words in _listed().items() if (language in _CYRILLIC) == (script == "cyrillic")
+    }
     languages = tuple(listed)
     owners = Counter(word for words in listed.values() for word in set(words))
     worth: dict[str, list[tuple[int, float]]] = {}

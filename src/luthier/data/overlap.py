@@ -1,7 +1,7 @@
 """How much of an evaluation text stands in a row: an index of the texts, asked with batches of rows (figure D16).
 
-Words are runs of letters and digits after NFKC and case folding; each Chinese, Japanese or Korean character is one. A row
-overlaps a text of n words when one of these holds (for character scripts 5, 12, 20 stand for 3, 8, 13):
+Words are runs of letters and digits after NFKC and case folding; each Chinese, Japanese or Korean character is one. A
+row overlaps a text of n words when one of these holds (for character scripts 5, 12, 20 stand for 3, 8, 13):
 
     share    at least half of the text's own words (0.6 of a text under 30 words, 0.75 of an answer) stand in the row in
              runs of 3 words or more, within a stretch of twice the text's length: copies that were cut or reworded
@@ -9,9 +9,9 @@ overlaps a text of n words when one of these holds (for character scripts 5, 12,
     short    of a text of 8 to 14 words, 8 in a row; of a text of 3 to 7 words the whole row's text is the same
 
 Own words are those outside phrases of 8 words that more than max(10, 1 %) of the texts have: question templates, prompt
-headers. Such phrases and such runs never count. Measured on GSM8K: `share` 0.5 keeps all but 0.2 % of clean training rows
-and finds 95 % of questions with every fifth word replaced. Runs of 50 characters hit ten words of any sum's wording (1.3 %
-of clean rows) and are not used.
+headers. Such phrases and such runs never count. Measured on GSM8K: `share` 0.5 keeps all but 0.2 % of clean training
+rows and finds 95 % of questions with every fifth word replaced. Runs of 50 characters hit ten words of any sum's
+wording (1.3 % of clean rows) and are not used.
 
 Grams are polynomials of word numbers mod 2^64; words that no evaluation text has are number 0 and never match. So an
 index is the same in every process; a false match of hashes has a chance below 10^-9 a batch.

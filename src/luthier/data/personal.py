@@ -31,9 +31,13 @@ _CARD = re.compile(
     r"(?P<more>(?P=s)\d{1,3}(?![ -]?\d))?|(?P<amex>\d{4}(?P<t>[ -])\d{6}(?P=t)\d{4,5}))(?![0-9A-Za-z_]|[.,]\d)"
 )
 _IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?:[ -]?[0-9A-Z]{1,4}){2,9}")
-_RESIDENT = re.compile(r"(?<![0-9A-Za-z_.])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z_])|(?<=身份证号码)[:：\s]{0,2}(?P<old>[1-9]\d{14})(?!\d)")
+_RESIDENT = re.compile(
+    r"(?<![0-9A-Za-z_.])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z_])|(?<=身份证号码)[:：\s]{0,2}(?P<old>[1-9]\d{14})(?!\d)"
+)
 _SSN = re.compile(r"(?<![\w-])(?<!\w\.)(\d{3})([- ]?)(\d{2})\2(\d{4})(?![\w-])(?!\.\d)", re.ASCII)
-_SAYS_SSN = re.compile(r"(?:ssn|social[ -]security|\bsocial)\W{0,3}(?:(?:number|no|num|is|was|card|#)\W{0,3}){0,3}\Z", re.IGNORECASE)
+_SAYS_SSN = re.compile(
+    r"(?:ssn|social[ -]security|\bsocial)\W{0,3}(?:(?:number|no|num|is|was|card|#)\W{0,3}){0,3}\Z", re.IGNORECASE
+)
 _SAYS_CARD = re.compile(r"(?:card|visa|karte|carte|tarjeta|卡)[^\d\n]{0,24}\Z", re.IGNORECASE)
 _BITCOIN = re.compile(r"(?<![0-9A-Za-z])(?:[13][1-9A-HJ-NP-Za-km-z]{25,34}|bc1[02-9ac-hj-np-z]{11,71})(?![0-9A-Za-z])")
 _ETHER = re.compile(r"(?<![0-9A-Za-z])0x[0-9a-fA-F]{40}(?![0-9A-Za-z])")

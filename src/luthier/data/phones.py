@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 # Where numbers are read: digits in groups. Bounded, so that the search is linear.
 CANDIDATE = re.compile(
@@ -25,7 +26,8 @@ CANDIDATE = re.compile(
     re.ASCII,
 )
 _SAYS_PHONE = re.compile(
-    r"(?<![a-z])(?:tele?(?:phone|fono|fon|fone|fax)?|phones?|mobile|mobil|cell(?:ular|phone)?|handy|fax|whats ?app|wechat|sms|"
+    r"(?<![a-z])(?:tele?(?:phone|fono|fon|fone|fax)?|phones?|mobile|mobil|cell(?:ular|phone)?|handy|fax|whats ?app|"
+    r"wechat|sms|"
     r"text(?: me)?(?: at)?|call(?:ing|s)?|dial(?:ling)?|ring|hotline|contact|reach (?:me|us|him|her|them)|portable|"
     r"t[ée]l[ée]phone|t[ée]l|m[óo]vil|celular|chiama(?:re)?|appel(?:ez|er)|ruf(?:e|en)?|anrufen|rufnummer|"
     r"电话|手机号?码?|热线|座机|传真|联系方式|致电|拨打|来电|手机)\W{0,4}(?:(?:number|no|nummer|num[ée]ro|n[úu]mero|nr|号码|号|"
@@ -43,7 +45,7 @@ _SAYS_OTHER = re.compile(
 )
 _OPERAND_BEFORE = re.compile(r"(?:[=*^<>×÷√%(\[{,]|\d\s*[-+/])\s*\Z")
 _OPERAND_AFTER = re.compile(r"\s*(?:[=*^<>×÷%]|[-+/]\s*\d)")
-_CODES = frozenset(
+_COUNTRY_CODES = (  # E.164, as assigned
     "1 7 20 27 30 31 32 33 34 36 39 40 41 43 44 45 46 47 48 49 51 52 53 54 55 56 57 58 60 61 62 63 64 65 66 81 82 84 "
     "86 90 91 92 93 94 95 98 211 212 213 216 218 220 221 222 223 224 225 226 227 228 229 230 231 232 233 234 235 236 "
     "237 238 239 240 241 242 243 244 245 246 248 249 250 251 252 253 254 255 256 257 258 260 261 262 263 264 265 266 "
@@ -51,8 +53,9 @@ _CODES = frozenset(
     "381 382 383 385 386 387 389 420 421 423 500 501 502 503 504 505 506 507 508 509 590 591 592 593 594 595 596 597 "
     "598 599 670 672 673 674 675 676 677 678 679 680 681 682 683 685 686 687 688 689 690 691 692 800 850 852 853 855 "
     "856 870 880 886 888 960 961 962 963 964 965 966 967 968 970 971 972 973 974 975 976 977 992 993 994 995 996 "
-    "998".split()
+    "998"
 )
+_CODES = frozenset(_COUNTRY_CODES.split())
 _CN_MOBILE = re.compile(r"1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9])\d{8}")
 _CN_FIXED = re.compile(r"(?:0(?:10|2[0-57-9])\d{8}|0[3-9]\d{2}\d{7,8})")
 _NANP = re.compile(r"1?[2-9](?!11)\d\d[2-9](?!11)\d\d\d{4}")
@@ -140,7 +143,7 @@ def _is_date(groups: list[str], shape: tuple[int, ...]) -> bool:
 
 def _is_series(groups: list[str]) -> bool:
     """01 02 03 04 05: counting, not calling."""
-    steps = {int(b) - int(a) for a, b in zip(groups, groups[1:], strict=False)}
+    steps = {int(b) - int(a) for a, b in pairwise(groups)}
     return len(groups) >= 4 and len(steps) == 1
 
 

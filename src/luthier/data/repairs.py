@@ -21,14 +21,19 @@ import unicodedata
 from collections.abc import Callable
 
 _CODE = re.compile(
-    r"(?m)^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n(?s:.*?)(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|(?<!`)(?P<tick>`{1,2})(?!`)[^`\n]+(?P=tick)(?!`)"
+    r"(?m)^ {0,3}(?P<fence>`{3,}|~{3,})[^\n]*\n(?s:.*?)(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|\Z)|"
+    r"(?<!`)(?P<tick>`{1,2})(?!`)[^`\n]+(?P=tick)(?!`)"
 )
 _LINES = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _INVISIBLE = re.compile(
     "\x1b\\[[0-9;?]{0,16}[A-Za-z]|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
     "\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-_JOINERS, _DIRECTIONS, _BREAK = "\u200c\u200d", "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", "\u200b"
+_JOINERS, _DIRECTIONS, _BREAK = (
+    "\u200c\u200d",
+    "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+    "\u200b",
+)
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 _NO_BREAK = re.compile("[\xa0\u2007\u202f]")
 _NO_BREAK_RUN = re.compile("(?<=[^ \n\xa0\u2007\u202f])[ \xa0\u2007\u202f]*[\xa0\u2007\u202f][ \xa0\u2007\u202f]*")
@@ -44,7 +49,9 @@ _ATTRIBUTES = (
     r"(?:\s+(?:[A-Za-z:@-][\w:.-]{0,40}\s*=\s*(?:\"[^\"<>]{0,2000}\"|'[^'<>]{0,2000}'|[^\s\"'<>=]{1,500})|disabled|checked|hidden|"
     r"selected|async|defer|html|nowrap|controls|required|readonly|noshade)){0,20}\s*/?"
 )
-_HIDDEN = re.compile(r"<(script|style)\b[^<>]{0,2000}>.{0,20000}?</\1\s*>|<!--.{0,20000}?-->", re.IGNORECASE | re.DOTALL)
+_HIDDEN = re.compile(
+    r"<(script|style)\b[^<>]{0,2000}>.{0,20000}?</\1\s*>|<!--.{0,20000}?-->", re.IGNORECASE | re.DOTALL
+)
 _BLOCK_TAG = re.compile(rf"[ \t]*</?(?:{_BLOCK}){_ATTRIBUTES}>[ \t]*", re.IGNORECASE)
 _INLINE_TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}>", re.IGNORECASE)
 # The byte behind each character of Windows-1252; its five holes are read as Latin-1 controls, as browsers do.
@@ -115,7 +122,9 @@ def _joins(letter: str) -> bool:
 
 def _south_east(letter: str) -> bool:
     """Thai, Lao, Burmese, Khmer: no spaces between words, so that a zero width one says something."""
-    return bool(letter) and (0xE00 <= ord(letter) < 0xF00 or 0x1000 <= ord(letter) < 0x10A0 or 0x1780 <= ord(letter) < 0x1800)
+    return bool(letter) and (
+        0xE00 <= ord(letter) < 0xF00 or 0x1000 <= ord(letter) < 0x10A0 or 0x1780 <= ord(letter) < 0x1800
+    )
 
 
 def spaced(text: str) -> str:

@@ -1,8 +1,8 @@
 """Reading the labelled rows of personal data: `Write to [[email:a@b.org]]` says what must be found, and nothing else.
 
 Secrets are written as forms, `ghp_{36}`, and filled in here with letters that a fixed sum gives, so that no file of the
-repository holds what a scanner of secrets would take for one: {36} letters and digits, {16A} capitals, {32h} hex, {12d}.
-"""
+repository holds what a scanner of secrets would take for one: {36} letters and digits, {16A} capitals, {32h} hex,
+{12d}."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 The repairs are those of data/repairs.py, in this order: line ends, mojibake (only where the whole text turns back into
 valid UTF-8), Unicode NFC, invisible characters, spaces; HTML entities and tags by choice, since a text may be about
-HTML. Code blocks and `code` keep every byte but their line ends, and texts that are JSON (arguments and results of tools)
-stay as they are. The edges of the texts of a chat are stripped, those of a prompt and its completion or of plain text
-never: there a space decides what the next token is.
+HTML. Code blocks and `code` keep every byte but their line ends, and texts that are JSON (arguments and results of
+tools) stay as they are. The edges of the texts of a chat are stripped, those of a prompt and its completion or of plain
+text never: there a space decides what the next token is.
 
 A row whose answer is empty after that leaves as "no answer after cleaning"; a tool call is an answer.
 Cost: 20 to 40 thousand rows a second and core. Leaves out spelling, and mojibake that cannot be proved.
@@ -13,7 +13,7 @@ Cost: 20 to 40 thousand rows a second and core. Leaves out spelling, and mojibak
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -34,7 +34,8 @@ class Clean(RowStep):
     mojibake: bool = field(default=True, metadata={"doc": "Undo UTF-8 read as Windows-1252, where provable: Ã© is é."})
     unicode: bool = field(default=True, metadata={"doc": "Compose characters (NFC)."})
     invisible: bool = field(
-        default=True, metadata={"doc": "Take out zero width and control characters, byte order marks, terminal colours."}
+        default=True,
+        metadata={"doc": "Take out zero width and control characters, byte order marks, terminal colours."},
     )
     spaces: bool = field(
         default=True, metadata={"doc": "No-break spaces as spaces; no trailing spaces, at most two blank lines."}
@@ -71,7 +72,11 @@ class Clean(RowStep):
         return each(one)
 
     def _repaired(
-        self, text: str, everywhere: list[tuple[str, _Repair]], outside: list[tuple[str, _Repair]], changes: dict[str, None]
+        self,
+        text: str,
+        everywhere: Sequence[tuple[str, _Repair]],
+        outside: Sequence[tuple[str, _Repair]],
+        changes: dict[str, None],
     ) -> str:
         if _is_json(text):
             return text
@@ -101,7 +106,11 @@ def _stripped(record: Record, changes: dict[str, None]) -> Record:
     if isinstance(record, Pair):
         chosen, rejected = (_stripped(side, changes) for side in (record.chosen, record.rejected))
         assert isinstance(chosen, Chat | Completion) and isinstance(rejected, Chat | Completion)
-        return record if (chosen, rejected) == (record.chosen, record.rejected) else replace(record, chosen=chosen, rejected=rejected)
+        return (
+            record
+            if (chosen, rejected) == (record.chosen, record.rejected)
+            else replace(record, chosen=chosen, rejected=rejected)
+        )
     if isinstance(record, Judged):
         answer = _stripped(record.answer, changes)
         assert isinstance(answer, Chat | Completion)

@@ -1,9 +1,9 @@
 """`decontaminate`: rows that hold what the model will be examined with leave, or are marked (figure D16).
 
-`against` names evaluation files of any format, by default those of `data.eval`. data/overlap.py says what an overlap is:
-half of a question's own words in runs of three within one stretch, or thirteen words in a row, or a short question as a
-whole; phrases that many questions share never count. Every text of the row is looked at, the answers of the evaluation
-files too unless `answers: false`.
+`against` names evaluation files of any format, by default those of `data.eval`. data/overlap.py says what an overlap
+is: half of a question's own words in runs of three within one stretch, or thirteen words in a row, or a short question
+as a whole; phrases that many questions share never count. Every text of the row is looked at, the answers of the
+evaluation files too unless `answers: false`.
 
 A row leaves as "overlaps gsm8k/test.jsonl", so the counts stand by evaluation file. `action: report` keeps it and notes
 `overlap`: {"with": "gsm8k/test.jsonl:17", "share": 0.83, "rule": "run"}.

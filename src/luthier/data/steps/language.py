@@ -1,12 +1,12 @@
 """`language`: which language a row is in, noted with how sure that is; and only the wanted ones stay.
 
-data/languages.py guesses each text of the row; the row's language is the one with most letters (a Chinese character counts
-as three). Notes: `language`, `language_confidence`, and where a second language has a tenth of the letters or more
-`languages`: {"zh": 0.7, "en": 0.3}. An English question with a Chinese answer is so told by what is longer; `of: answer`
-or `of: prompt` looks at that side alone.
+data/languages.py guesses each text of the row; the row's language is the one with most letters (a Chinese character
+counts as three). Notes: `language`, `language_confidence`, and where a second language has a tenth of the letters or
+more `languages`: {"zh": 0.7, "en": 0.3}. An English question with a Chinese answer is so told by what is longer; `of:
+answer` or `of: prompt` looks at that side alone.
 
-`keep: [en, zh]` lets rows of other languages leave as "language not kept: de". A guess below `least_confidence`, or a row
-without letters, is "unknown", which stays unless `unknown: drop`. Without `keep` nothing leaves but by `unknown`.
+`keep: [en, zh]` lets rows of other languages leave as "language not kept: de". A guess below `least_confidence`, or a
+row without letters, is "unknown", which stays unless `unknown: drop`. Without `keep` nothing leaves but by `unknown`.
 
 Cost: 2 to 9 thousand rows a second and core. Leaves out dialects and the languages that languages.json does not list.
 """

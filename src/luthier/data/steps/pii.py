@@ -1,10 +1,10 @@
 """`pii`: personal data and secrets leave the texts, or the rows, or are only counted (figure D17).
 
-Kinds and their proofs are those of data/personal.py: e-mail, telephone, IP and MAC addresses, payment cards (Luhn), IBAN
-(mod 97), Chinese resident ids (check digit), US social security numbers (issued areas), keys of known issuers, JSON web
-tokens, private keys, logins inside URLs; wallets where asked for. `action: mask` writes `<EMAIL_1>`, the same value the
-same number all through the row: prompts, answers, reasoning, arguments of tool calls. `drop` lets the row leave, `report`
-only notes and counts. The note `personal` is {"email": 2}: places, by kinds.
+Kinds and their proofs are those of data/personal.py: e-mail, telephone, IP and MAC addresses, payment cards (Luhn),
+IBAN (mod 97), Chinese resident ids (check digit), US social security numbers (issued areas), keys of known issuers,
+JSON web tokens, private keys, logins inside URLs; wallets where asked for. `action: mask` writes `<EMAIL_1>`, the same
+value the same number all through the row: prompts, answers, reasoning, arguments of tool calls. `drop` lets the row
+leave, `report` only notes and counts. The note `personal` is {"email": 2}: places, by kinds.
 
 JSON stays JSON and code stays code: a bare number that goes gets quotes around its placeholder, in arguments as in
 `"phone": 13912345678` or `phone = 2125550123` of a text. Declared tools and names of roles are no texts and stay.
@@ -45,11 +45,10 @@ class Pii(RowStep):
     action: Literal["mask", "drop", "report"] = field(
         default="mask", metadata={"doc": "mask writes placeholders, drop lets the row leave, report only counts."}
     )
-    kinds: tuple[str, ...] = field(
-        default=KINDS, metadata={"doc": f"What is looked for: {', '.join(sorted(_WORDS))}."}
-    )
+    kinds: tuple[str, ...] = field(default=KINDS, metadata={"doc": f"What is looked for: {', '.join(sorted(_WORDS))}."})
     placeholder: str = field(
-        default="<{kind}_{n}>", metadata={"doc": "What stands for a value; {kind} is its kind in capitals, {n} its number."}
+        default="<{kind}_{n}>",
+        metadata={"doc": "What stands for a value; {kind} is its kind in capitals, {n} its number."},
     )
     private_ips: bool = field(default=True, metadata={"doc": "Addresses of local networks (10…, 192.168…) count too."})
     allow: tuple[str, ...] = field(
@@ -75,7 +74,9 @@ class Pii(RowStep):
             return keep(item)
         kinds = [kind for kind in _WORDS if kind in row.counts]
         if self.action == "drop":
-            return leave(f"holds a {_WORDS[kinds[0]]}" if _WORDS[kinds[0]][0] not in "eI" else f"holds an {_WORDS[kinds[0]]}")
+            return leave(
+                f"holds a {_WORDS[kinds[0]]}" if _WORDS[kinds[0]][0] not in "eI" else f"holds an {_WORDS[kinds[0]]}"
+            )
         noted = item.noted(personal=dict(sorted(row.counts.items())))
         if self.action == "report":
             return keep(noted, *(f"{_WORDS[kind]} found" for kind in kinds))
@@ -96,7 +97,9 @@ class _Row:
         return _with_numbers(rewritten(record, lambda text, role: self.text(text)), self.number)
 
     def text(self, text: str) -> str:
-        found = [hit for hit in hits(text, self.step.kinds, private_ips=self.step.private_ips) if self._counts(hit, text)]
+        found = [
+            hit for hit in hits(text, self.step.kinds, private_ips=self.step.private_ips) if self._counts(hit, text)
+        ]
         if not found:
             return text
         whole = _is_json(text)
@@ -115,7 +118,9 @@ class _Row:
 
     def _counts(self, hit: Hit, text: str) -> bool:
         value = text[hit.start : hit.end].lower()
-        return not any(value == one.lower() or (one[:1] == "@" and value.endswith(one.lower())) for one in self.step.allow)
+        return not any(
+            value == one.lower() or (one[:1] == "@" and value.endswith(one.lower())) for one in self.step.allow
+        )
 
     def _quoted(self, text: str, hit: Hit, whole: bool) -> str:
         """The placeholder, in quotes where a bare number stood as a value of JSON or of code."""
@@ -125,7 +130,11 @@ class _Row:
         before, after = text[max(0, hit.start - 40) : hit.start], text[hit.end : hit.end + 20]
         field_ = _FIELD_BEFORE.search(before) and _FIELD_AFTER.match(after)
         element = whole and _ELEMENT_BEFORE.search(before) and _ELEMENT_AFTER.match(after)
-        return f'"{placeholder}"' if field_ or element or (whole and text.strip() == text[hit.start : hit.end]) else placeholder
+        return (
+            f'"{placeholder}"'
+            if field_ or element or (whole and text.strip() == text[hit.start : hit.end])
+            else placeholder
+        )
 
     def _placeholder(self, hit: Hit) -> str:
         key = (hit.kind, hit.normal)
