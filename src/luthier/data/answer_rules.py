@@ -109,7 +109,8 @@ _BOILERPLATE = (
     "subscribe to our newsletter", "subscribe to the newsletter", "sign up for our", "click here to",
     "click to enlarge", "javascript is", "javascript must be", "enable javascript", "share this post",
     "share on facebook", "share on twitter", "follow us on", "powered by wordpress", "add to cart", "read more »",
-    "back to top", "skip to content", "leave a reply", "leave a comment", "版权所有", "转载请注明", "点击这里", "点击查看",
+    "back to top", "skip to content", "leave a reply", "leave a comment", "版权所有", "转载请注明", "点击这里",
+    "点击查看",
     "关注我们", "公众号", "责任编辑", "本文来源", "扫码关注",
 )  # fmt: skip
 _TONGUES = (

@@ -4,7 +4,7 @@ Kinds and their proofs are those of data/personal.py: e-mail, telephone, IP and 
 IBAN (mod 97), Chinese resident ids (check digit), US social security numbers (issued areas), keys of known issuers,
 JSON web tokens, private keys, logins inside URLs; wallets where asked for. `action: mask` writes `<EMAIL_1>`, the same
 value the same number all through the row: prompts, answers, reasoning, arguments of tool calls. `drop` lets the row
-leave, `report` only notes and counts. The note `personal` is {"email": 2}: places, by kinds.
+leave, `report` only notes and counts. The note `personal` is {"email": 2}: values, by kinds.
 
 JSON stays JSON and code stays code: a bare number that goes gets quotes around its placeholder, in arguments as in
 `"phone": 13912345678` or `phone = 2125550123` of a text. Declared tools and names of roles are no texts and stay.
@@ -74,9 +74,8 @@ class Pii(RowStep):
             return keep(item)
         kinds = [kind for kind in _WORDS if kind in row.counts]
         if self.action == "drop":
-            return leave(
-                f"holds a {_WORDS[kinds[0]]}" if _WORDS[kinds[0]][0] not in "eI" else f"holds an {_WORDS[kinds[0]]}"
-            )
+            word = _WORDS[kinds[0]]
+            return leave(f"holds {'an' if word[0] in 'eI' else 'a'} {word}")
         noted = item.noted(personal=dict(sorted(row.counts.items())))
         if self.action == "report":
             return keep(noted, *(f"{_WORDS[kind]} found" for kind in kinds))
@@ -89,8 +88,7 @@ class _Row:
     def __init__(self, step: Pii) -> None:
         self.step = step
         self.numbers: dict[tuple[str, str], int] = {}
-        self.last: dict[str, int] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # values, by kinds
 
     def through(self, record: Record) -> Record:
         """The record with its values masked; numbers among the arguments of tool calls too."""
@@ -107,7 +105,6 @@ class _Row:
         for hit in found:
             made += [text[at : hit.start], self._quoted(text, hit, whole)]
             at = hit.end
-            self.counts[hit.kind] = self.counts.get(hit.kind, 0) + 1
         return "".join([*made, text[at:]])
 
     def number(self, value: int) -> Any:
@@ -139,7 +136,7 @@ class _Row:
     def _placeholder(self, hit: Hit) -> str:
         key = (hit.kind, hit.normal)
         if key not in self.numbers:
-            self.numbers[key] = self.last[hit.kind] = self.last.get(hit.kind, 0) + 1
+            self.numbers[key] = self.counts[hit.kind] = self.counts.get(hit.kind, 0) + 1
         return self.step.placeholder.replace("{kind}", hit.kind.upper()).replace("{n}", str(self.numbers[key]))
 
 
