@@ -34,7 +34,9 @@ CODE = '''def merge_close(numbers: list[float], least: float) -> list[float]:
     [1.05, 5.0]
     """
 '''
-SOLUTION = "    while any(b - a < least for a, b in zip(numbers, numbers[1:])):\n        numbers = joined(numbers, least)\n"
+SOLUTION = (
+    "    while any(b - a < least for a, b in zip(numbers, numbers[1:])):\n        numbers = joined(numbers, least)\n"
+)
 
 
 @pytest.fixture
@@ -43,7 +45,9 @@ def files(tmp_path: Path) -> tuple[str, ...]:
     rows = {
         "sums.jsonl": [{"question": QUESTIONS[0], "answer": "9 * 12 = 108 buns, a third of 108 is 36.\n#### 36"}],
         "bench.jsonl": [{"question_id": 81, "category": "writing", "turns": [QUESTIONS[1], "Rewrite it as a poem."]}],
-        "code.jsonl": [{"task_id": "x/0", "prompt": CODE, "canonical_solution": SOLUTION, "entry_point": "merge_close"}],
+        "code.jsonl": [
+            {"task_id": "x/0", "prompt": CODE, "canonical_solution": SOLUTION, "entry_point": "merge_close"}
+        ],
         "zh.json": [{"instruction": CHINESE, "input": "", "output": "四十九只"}],
     }
     for name, listed in rows.items():
@@ -154,7 +158,11 @@ def plain_share(row: Sequence[str], text: Sequence[str]) -> float:
 def test_the_share_is_that_of_plain_sets(data: st.DataObject) -> None:
     letters = st.sampled_from("abcdefghij")
     text = data.draw(st.lists(letters, min_size=30, max_size=40))
-    row = data.draw(st.lists(letters, max_size=20)) + text[: data.draw(st.integers(0, 40))] + data.draw(st.lists(letters, max_size=20))
+    row = (
+        data.draw(st.lists(letters, max_size=20))
+        + text[: data.draw(st.integers(0, 40))]
+        + data.draw(st.lists(letters, max_size=20))
+    )
     (found,) = Evaluation([Asked("t:1", " ".join(text), False)]).overlaps([[" ".join(row)]])
     share = plain_share(row, text)
     if len(row) <= 2 * len(text):  # one stretch

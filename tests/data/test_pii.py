@@ -60,7 +60,11 @@ def test_files_hold_no_secret_that_a_scanner_would_take_for_one() -> None:
 
 @pytest.mark.parametrize(
     ("file", "most"),
-    [("gsm8k/test.jsonl", 0.0), ("llamafactory/alpaca_en_demo.json", 0.005), ("llamafactory/alpaca_zh_demo.json", 0.005)],
+    [
+        ("gsm8k/test.jsonl", 0.0),
+        ("llamafactory/alpaca_en_demo.json", 0.005),
+        ("llamafactory/alpaca_zh_demo.json", 0.005),
+    ],
 )
 def test_ordinary_rows_are_left_alone(shared_data: Callable[[str], Path], file: str, most: float) -> None:
     records = list(read(str(shared_data(f"raw/{file}"))))
@@ -98,7 +102,9 @@ def test_two_spellings_of_one_number_are_one() -> None:
 
 def arguments(value: Any) -> Chat:
     call = {"type": "function", "function": {"name": "call", "arguments": value}}
-    return Chat(({"role": "user", "content": "Call him"}, {"role": "assistant", "content": "", "tool_calls": [call]}), SOURCE)
+    return Chat(
+        ({"role": "user", "content": "Call him"}, {"role": "assistant", "content": "", "tool_calls": [call]}), SOURCE
+    )
 
 
 def test_arguments_of_tools_are_masked_and_stay_what_they_are() -> None:
@@ -108,7 +114,13 @@ def test_arguments_of_tools_are_masked_and_stay_what_they_are() -> None:
     function = outcome.item.record.messages[1]["tool_calls"][0]["function"]
     assert function == {
         "name": "call",
-        "arguments": {"to": "<PHONE_1>", "number": "<PHONE_1>", "times": 3, "deep": [{"mail": "<EMAIL_1>"}], "on": True},
+        "arguments": {
+            "to": "<PHONE_1>",
+            "number": "<PHONE_1>",
+            "times": 3,
+            "deep": [{"mail": "<EMAIL_1>"}],
+            "on": True,
+        },
     }
 
 
@@ -216,7 +228,9 @@ def test_no_text_is_slow_or_crashes(text: str) -> None:
     assert isinstance(hits(text, tuple(FINDERS)), list)
 
 
-@pytest.mark.parametrize("piece", ["1 ", "a.", "1-", "(1", "a@a.", "eyJa.", "::", "1:", "x ", "-----BEGIN PRIVATE KEY-----\n"])
+@pytest.mark.parametrize(
+    "piece", ["1 ", "a.", "1-", "(1", "a@a.", "eyJa.", "::", "1:", "x ", "-----BEGIN PRIVATE KEY-----\n"]
+)
 def test_repetition_ends(piece: str) -> None:
     assert isinstance(hits(piece * 20_000, tuple(FINDERS)), list)
 

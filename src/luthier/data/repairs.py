@@ -54,8 +54,9 @@ _HIDDEN = re.compile(
 )
 _BLOCK_TAG = re.compile(rf"[ \t]*</?(?:{_BLOCK}){_ATTRIBUTES}>[ \t]*", re.IGNORECASE)
 _INLINE_TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}>", re.IGNORECASE)
-# The byte behind each character of Windows-1252; its five holes are read as Latin-1 controls, as browsers do.
+# The byte behind each character of Windows-1252; its holes are Latin-1 controls, as in browsers.
 _BYTES = {bytes([i]).decode("cp1252", "ignore") or chr(i): i for i in range(128, 256)}
+_BYTES |= {chr(i): i for i in range(128, 160)}  # read as Latin-1
 _SUSPECT = re.compile("[\xc2-\xf4][" + re.escape("".join(c for c, byte in _BYTES.items() if byte < 0xC0)) + "]")
 _CERTAIN = "\xc3\xe2\xf0"  # lead bytes that as letters are hardly ever followed by such marks
 _Repair = Callable[[str], str]

@@ -1,7 +1,7 @@
 """`clean`: texts as their writers meant them, with every kind of change counted.
 
-The repairs are those of data/repairs.py, in this order: line ends, mojibake (only where the whole text turns back into
-valid UTF-8), Unicode NFC, invisible characters, spaces; HTML entities and tags by choice, since a text may be about
+The repairs are those of data/repairs.py, in this order: mojibake (only where the whole text turns back into valid
+UTF-8), line ends, Unicode NFC, invisible characters, spaces; HTML entities and tags by choice, since a text may be about
 HTML. Code blocks and `code` keep every byte but their line ends, and texts that are JSON (arguments and results of
 tools) stay as they are. The edges of the texts of a chat are stripped, those of a prompt and its completion or of plain
 text never: there a space decides what the next token is.
@@ -46,23 +46,23 @@ class Clean(RowStep):
     )
 
     def work(self, room: Room) -> RowWork:
-        everywhere: list[tuple[str, _Repair]] = [("line ends unified", repairs.lines)] if self.line_ends else []
-        outside = [
-            (what, repair)
-            for on, what, repair in (
-                (self.mojibake, "mojibake undone", repairs.mojibake),
-                (self.unicode, "Unicode composed", repairs.composed),
-                (self.html == "tags", "HTML tags removed", repairs.tags),
-                (self.html != "keep", "HTML entities resolved", repairs.entities),
-                (self.invisible, "invisible characters removed", repairs.visible),
-                (self.spaces, "spaces tidied", repairs.spaced),
+        repairs_ = [
+            (what, repair, everywhere)
+            for on, what, repair, everywhere in (
+                (self.mojibake, "mojibake undone", repairs.mojibake, False),
+                (self.line_ends, "line ends unified", repairs.lines, True),
+                (self.unicode, "Unicode composed", repairs.composed, False),
+                (self.html == "tags", "HTML tags removed", repairs.tags, False),
+                (self.html != "keep", "HTML entities resolved", repairs.entities, False),
+                (self.invisible, "invisible characters removed", repairs.visible, False),
+                (self.spaces, "spaces tidied", repairs.spaced, False),
             )
             if on
         ]
 
         def one(item: Item) -> Outcome:
             changes: dict[str, None] = {}
-            record = rewritten(item.record, lambda text, role: self._repaired(text, everywhere, outside, changes))
+            record = rewritten(item.record, lambda text, role: _repaired(text, repairs_, changes))
             if self.edges:
                 record = _stripped(record, changes)
             if _is_empty(record):
@@ -71,24 +71,16 @@ class Clean(RowStep):
 
         return each(one)
 
-    def _repaired(
-        self,
-        text: str,
-        everywhere: Sequence[tuple[str, _Repair]],
-        outside: Sequence[tuple[str, _Repair]],
-        changes: dict[str, None],
-    ) -> str:
-        if _is_json(text):
-            return text
-        for what, repair in everywhere:
-            made = repair(text)
-            if made != text:
-                changes[what], text = None, made
-        for what, repair in outside:
-            made = repairs.outside_code(text, repair)
-            if made != text:
-                changes[what], text = None, made
+
+def _repaired(text: str, repairs_: Sequence[tuple[str, _Repair, bool]], changes: dict[str, None]) -> str:
+    """The text after each repair, what was done added to `changes`."""
+    if _is_json(text):
         return text
+    for what, repair, everywhere in repairs_:
+        made = repair(text) if everywhere else repairs.outside_code(text, repair)
+        if made != text:
+            changes[what], text = None, made
+    return text
 
 
 def _is_json(text: str) -> bool:
