@@ -51,7 +51,7 @@ class Said:
 
 _CALCULATES = re.compile(
     r"\d\s*[-+*/=^×÷<>|]\s*\$?\d|\\(?:frac|sum|int|sqrt|begin|left)|[=≈≤≥∑∫√]|\|.{0,200}\||^\s*[\[{(<]"
-    r"|['\"]\s*[:,]\s*\\?['\"(\[{\d]",
+    r"|['\"]\s*[:,]\s*\\?['\"(\[{\d]|\d(?:[,;]?\s{1,3}\d+){4}",
     re.MULTILINE,
 )
 _PLACEHOLDER = re.compile(
