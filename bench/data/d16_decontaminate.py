@@ -1,8 +1,8 @@
-"""D16: GSM8K's test questions planted in rows, whole, cut and reworded; false hits on clean rows; beside datatrove's rule.
+"""D16: GSM8K's test questions planted in rows, whole, cut and reworded; false hits on clean rows; beside datatrove.
 
 The rule of datatrove (pipeline/decont/n_grams.py, 12-grams of queries, labels and across both) is rebuilt from its own
-`simplify_text`, `ngrams` and hash, with words cut at spaces, since its word tokenizer needs spaCy; it does what its filter
-does: one shared 12-gram and the row goes. Both see the same rows.
+`simplify_text`, `ngrams` and hash, with words cut at spaces, since its word tokenizer needs spaCy; it does what its
+filter does: one shared 12-gram and the row goes. Both see the same rows.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def measure(quick: bool) -> list[Figure]:
         rival = f"datatrove's rule {_share(theirs, planted):.3f}" if theirs else "datatrove is not installed"
         met = mine >= bar if bar else True
         said = f">= {bar}" if bar else "reported"
-        figures.append(
-            Figure("D16", f"recall, {what}", f"{mine:.3f}", rival, said, met, f"{len(planted)} rows of GSM8K's test")
-        )
+        conditions = f"{len(planted)} rows of GSM8K's test"
+        figures.append(Figure("D16", f"recall, {what}", f"{mine:.3f}", rival, said, met, conditions))
     false = _share(ours, clean)
     rival = f"datatrove's rule {_share(theirs, clean):.2%}" if theirs else "datatrove is not installed"
     figures.append(Figure("D16", "false hits on clean training rows", f"{false:.2%}", rival, "<= 0.5 %", false <= 0.005,
-                          f"{len(clean)} rows of GSM8K's train; some share a whole template with a test question"))  # fmt: skip
+                          f"{len(clean)} rows of GSM8K's train; some share a whole template with a test "
+                          f"question"))  # fmt: skip
     return [*figures, _speed(ours, theirs, clean, index)]
 
 
@@ -68,6 +68,9 @@ def _plants(rows: Sequence[Completion]) -> list[tuple[str, float, list[Item]]]:
             Item(Completion(change(row.prompt), "I do not know.", Source("planted", i))) for i, row in enumerate(rows)
         ]
 
+    def loud(text: str) -> str:
+        return "".join(letter for letter in text.upper() if letter.isalnum() or letter == " ")
+
     def cut(text: str, at: float) -> str:
         said = text.split()
         size = max(1, int(0.7 * len(said)))
@@ -79,7 +82,7 @@ def _plants(rows: Sequence[Completion]) -> list[tuple[str, float, list[Item]]]:
 
     return [
         ("whole questions", 1.0, planted(lambda text: text)),
-        ("questions in capitals without marks", 1.0, planted(lambda text: "".join(c for c in text.upper() if c.isalnum() or c == " "))),
+        ("questions in capitals without marks", 1.0, planted(loud)),
         ("first 70 % of a question", 0.98, planted(lambda text: cut(text, 0))),
         ("middle 70 % of a question", 0.98, planted(lambda text: cut(text, 0.5))),
         ("last 70 % of a question", 0.98, planted(lambda text: cut(text, 1))),

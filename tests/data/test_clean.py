@@ -7,10 +7,10 @@ import unicodedata
 from typing import Any
 
 import pytest
-from data.row_steps import SOURCE, asked, chat, check_laws, kinds, one, plain
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.row_steps import SOURCE, asked, chat, check_laws, kinds, one, plain
 from luthier.contracts.record import Chat, Completion, Pair
 from luthier.contracts.step import Item
 from luthier.data import repairs
@@ -98,7 +98,8 @@ def test_lines() -> None:
 
 
 def test_html_by_choice() -> None:
-    text = '<p>Hello <b>you</b> &amp; <a href="x.html">me</a></p><script>var x = "<p>";</script><ul><li>one</li><li>two</li></ul>'
+    text = '<p>Hello <b>you</b> &amp; <a href="x.html">me</a></p><script>var x = "<p>";</script><ul>'
+    text += "<li>one</li><li>two</li></ul>"
     assert cleaned(text) == text
     assert cleaned("a &lt; b &amp;&nbsp;c &unknown; &#x41;", html="entities") == "a < b & c &unknown; A"
     assert cleaned(text, html="tags").split() == ["Hello", "you", "&", "me", "one", "two"]

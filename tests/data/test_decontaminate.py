@@ -1,4 +1,4 @@
-"""Evaluation texts in training rows: planted whole, cut and reworded; two turns, code, Chinese; and what must not hit."""
+"""Evaluation texts in training rows: planted whole, cut and reworded; turns, code, Chinese; and what must not hit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.row_steps import SOURCE, asked, chat, check_laws, kinds, one
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.row_steps import SOURCE, asked, chat, check_laws, kinds, one
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Completion
 from luthier.contracts.step import Item, Room
@@ -22,7 +22,8 @@ from luthier.data.overlap import Evaluation, windows, words
 from luthier.data.steps.decontaminate import Decontaminate
 
 QUESTIONS = [
-    "A baker fills nine trays with twelve buns each, sells two thirds of them before noon and gives the rest to a school. "
+    "A baker fills nine trays with twelve buns each, sells two thirds of them before noon and gives the rest to a "
+    "school. "
     "How many buns does the school get?",
     "Compose a travel blog post about a week on the Faroe Islands, with three places that nobody should miss.",
     "Write a letter to your landlord about the heating, which has been broken since the second week of November.",

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data.row_steps import asked, check_laws, kinds, one, plain, reason
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.row_steps import asked, check_laws, kinds, one, plain, reason
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.step import Item
 from luthier.data.applied import read
@@ -57,7 +57,8 @@ def test_shared_sets(shared_data: Callable[[str], Path], file: str, code: str) -
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        ("東京に行きます。", "ja"), ("你好，世界", "zh"), ("サッカー", "ja"), ("안녕 漢字", "ko"), ("می‌خواهم به پارک بروم و گل بچینم", "fa"),
+        ("東京に行きます。", "ja"), ("你好，世界", "zh"), ("サッカー", "ja"), ("안녕 漢字", "ko"),
+        ("می‌خواهم به پارک بروم و گل بچینم", "fa"),
         ("میں ٹھیک ہوں، آپ کیسے ہیں؟", "ur"), ("שלום", "he"), ("Καλημέρα", "el"), ("Python 是一种编程语言", "zh"),
     ],
 )  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from data.row_steps import ROOM, SOURCE, asked, chat, check_laws, kinds, one, plain, reason
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.row_steps import ROOM, SOURCE, asked, chat, check_laws, kinds, one, plain, reason
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Completion, Pair
 from luthier.contracts.step import Item, Room

@@ -1,4 +1,4 @@
-"""Personal data: labelled rows of ours (D17), what masking must not break, and numbers against other readings of them."""
+"""Personal data: labelled rows of ours (D17), what masking must not break, numbers against other readings of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data.row_steps import SOURCE, chat, check_laws, kinds, one, plain
+from bench.data.labelled_pii import Score, rows, score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.data.labelled_pii import Score, rows, score
+from data.row_steps import SOURCE, chat, check_laws, kinds, one, plain
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Chat, Completion, Pair
 from luthier.contracts.step import Item
@@ -39,7 +40,7 @@ def scored(name: str) -> Score:
     return score(rows(FOLDER / name), lambda text: hits(text, KINDS))
 
 
-@pytest.mark.parametrize("name", ["labelled.jsonl", "unseen.jsonl"])
+@pytest.mark.parametrize("name", ["labelled.jsonl", "unseen.jsonl", "third.jsonl"])
 def test_labelled_rows(name: str) -> None:
     found = scored(name)
     assert found.recall >= 0.98, found.missed
@@ -144,7 +145,8 @@ def test_json_stays_json(text: str) -> None:
         'phone = 13812345678\nmail = "a@b.org"\nprint(phone, mail)\n',
         "contacts = {'ann': '+1 212-555-0147', 'ben': \"ben@firm.com\"}\n",
         'client = Client(key="' + SECRET + '", host="203.0.113.9")\n',
-        "y = q @ k.T\nz = x[1::2] + x[::3]\nw = a@b\n@decorator\ndef f(x: int) -> int:\n    return 10 ** 11 + 12345678901\n",
+        "y = q @ k.T\nz = x[1::2] + x[::3]\nw = a@b\n@decorator\ndef f(x: int) -> int:\n    return 10 ** 11 + "
+        "12345678901\n",
     ],
 )
 def test_code_stays_code(code: str) -> None:
@@ -153,7 +155,7 @@ def test_code_stays_code(code: str) -> None:
 
 
 def test_control_strings_stay() -> None:
-    text = "<|im_start|>user\n<think>x</think> [INST] <s> <|eot_id|> <start_of_turn>model {{name}} <tool_call>{}</tool_call>"
+    text = "<|im_start|>user\n<think>x</think> [INST] <s> <|eot_id|> <start_of_turn>model {{name}} <tool_call>{}"
     assert masked(text) == text
 
 
@@ -194,7 +196,7 @@ def test_wrong_fields_are_named(fields: dict[str, Any]) -> None:
 @settings(max_examples=300)
 def test_hits_are_in_order_and_masking_removes_them(text: str) -> None:
     found = hits(text, tuple(FINDERS))
-    assert all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(found))
     assert all(0 <= hit.start < hit.end <= len(text) for hit in found)
     values = {text[hit.start : hit.end] for hit in found if hit.kind == "email"}
     assert not any(value in masked(text) for value in values)
@@ -207,7 +209,7 @@ def test_luhn_as_the_textbook_says(digits: list[int]) -> None:
     assert check_digits.luhn("".join(map(str, digits))) == wanted
 
 
-@given(st.sampled_from("DE89370400440532013000 GB29NWBK60161331926819 NO9386011117947".split()), st.data())
+@given(st.sampled_from(["DE89370400440532013000", "GB29NWBK60161331926819", "NO9386011117947"]), st.data())
 def test_one_wrong_digit_is_no_account(iban: str, data: st.DataObject) -> None:
     assert check_digits.mod97(iban)
     at = data.draw(st.integers(4, len(iban) - 1).filter(lambda i: iban[i].isdigit()))

@@ -121,6 +121,8 @@ def _is_v4(text: str, start: int, end: int, private: bool) -> bool:
     said = bool(_SAYS_IP.search(before))
     if _SAYS_VERSION.search(before) and not (said and re.search(r"\bips?\b|addr|host|server|地址", before, re.I)):
         return False
+    if before[-1:] == ":" and before[-2:-1].isalpha() and not said and parts[0] < 30 and max(parts) < 100:
+        return False  # the tag of an image: nginx:1.25.3.1
     return max(parts) >= 20 or said or written in _FAMOUS
 
 
