@@ -18,7 +18,8 @@ from luthier.contracts.record import Completion
 from luthier.contracts.step import Item, Room
 from luthier.data.applied import apply, read
 from luthier.data.benchmarks import Asked, texts_of
-from luthier.data.overlap import Evaluation, windows, words
+from luthier.data.grams import windows
+from luthier.data.overlap import Evaluation, words
 from luthier.data.steps.decontaminate import Decontaminate
 
 QUESTIONS = [
@@ -94,6 +95,30 @@ def test_unicode_case_and_marks_do_not_hide(files: tuple[str, ...]) -> None:
     assert hit(Decontaminate(against=files), asked(full_width.replace(" ", " ** "), "x")) == "sums.jsonl"
 
 
+def test_letters_are_found_whatever_stands_between(files: tuple[str, ...]) -> None:
+    step = Decontaminate(against=files, action="report")
+    for changed in (QUESTIONS[0].replace(" ", ""), "-".join(QUESTIONS[1]), QUESTIONS[0].replace("e", "e ")):
+        item = one(step, asked("x " + changed, "y")).item
+        assert item is not None and item.notes["overlap"]["rule"] == "letters" and item.notes["overlap"]["share"] > 0.9
+
+
+def test_a_generic_beginning_is_no_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    question = "Write a short paragraph about the given topic: why bees love old clover fields"
+    path.write_text(json.dumps({"prompt": question}), "utf-8")
+    step = Decontaminate(against=(str(path),))
+    assert hit(step, asked("Write a short paragraph about the given topic: renewable energy", "x")) == ""
+    assert hit(step, asked("About the given topic: why bees love old clover fields", "x")) == "a.jsonl"
+
+
+def test_instructions_to_the_system_are_no_question(tmp_path: Path) -> None:
+    system = {"role": "system", "content": " ".join(QUESTIONS)}
+    turns = [system, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": turns}), "utf-8")
+    assert hit(Decontaminate(against=(str(path),)), asked(" ".join(QUESTIONS), "x")) == ""
+
+
 def test_report_keeps_and_notes_the_place(files: tuple[str, ...]) -> None:
     outcome = one(Decontaminate(against=files, action="report"), asked(QUESTIONS[0], "x"))
     assert outcome.item is not None
@@ -135,7 +160,7 @@ def test_files_of_the_recipe_are_the_default(files: tuple[str, ...], tmp_path: P
     assert Decontaminate(against=files).files() == files
 
 
-@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 6))
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 13))
 def test_windows_as_slices(ids: list[int], size: int) -> None:
     made = windows(np.array(ids, np.uint64), size)
     slices = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]

@@ -57,6 +57,8 @@ def _of_file(file: str) -> Iterator[Asked]:
         return
     for record in read(file):
         for role, text in spoken(record):
+            if role in ("system", "developer"):
+                continue  # every row's instructions are no question
             yield Asked(str(record.source), text, role in ("assistant", "tool"))
 
 

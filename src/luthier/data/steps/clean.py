@@ -3,8 +3,8 @@
 The repairs are those of data/repairs.py, in this order: mojibake (only where the whole text turns back into valid
 UTF-8), line ends, Unicode NFC, invisible characters, spaces; HTML entities and tags by choice, since a text may be
 about HTML. Code blocks and `code` keep every byte but their line ends, and texts that are JSON (arguments and results
-of tools) stay as they are. The edges of the texts of a chat are stripped, those of a prompt and its completion or of plain
-text never: there a space decides what the next token is.
+of tools) stay as they are. The edges of the texts of a chat are stripped, those of a prompt and its completion or of
+plain text never: there a space decides what the next token is.
 
 A row whose answer is empty after that leaves as "no answer after cleaning"; a tool call is an answer.
 Cost: 20 to 40 thousand rows a second and core. Leaves out spelling, and mojibake that cannot be proved.
