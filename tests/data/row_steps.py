@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def reason(step: RowStep, item: Item, room: Room = ROOM) -> str:
 
 
 def check_laws(step: RowStep, items: Sequence[Item], room: Room = ROOM) -> None:
-    """Read = kept + left, in order; the same for any size of batch; a second work gives the same; sources stay."""
+    """Read = kept + left, in order; the same for any size of batch; a second work gives the same; sources
+    stay; the step can be sent to another process."""
+    assert pickle.loads(pickle.dumps(step)) == step
     kept, (tally,) = apply([step], items, room)
     assert tally.read == len(items) == tally.kept + sum(left.count for left in tally.left.values())
     whole = list(step.work(room)(items))

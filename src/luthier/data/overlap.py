@@ -84,7 +84,8 @@ class _Script:
         self.runs = self._found(ids, sizes.run, asks, most)
         short = [i for i, n in enumerate(lengths) if sizes.short <= n < sizes.covered and not asked[i].is_answer]
         self.shorts = self._found(ids, sizes.short, short, most)
-        self.least = np.maximum(2, np.array(lengths, dtype=np.int64) // (3 * sizes.seed))
+        # a share of n words in runs of `seed` is that many windows at least
+        self.least = np.maximum(2, (np.array(lengths) * share / sizes.seed).astype(np.int64))
 
     def _found(self, ids: list[NDArray[Any]], size: int, which: Sequence[int], most: int) -> Found:
         grams = [windows(ids[i], size) for i in which]
