@@ -1,10 +1,11 @@
-"""The quality report: each fault on a row that has it and one that has it not, closed forms, and the law of the parts."""
+"""The quality report: each fault on rows that have it and rows that have not, closed forms, the law of the parts."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from luthier.data.topics import effective, spread
 
 AT = Source("rows.jsonl", 1)
 LONG = "The river runs past the mill and the old bridge before it comes to the sea at last."
+
+CHINESE = "这条河流经过磨坊和旧桥，最后流入大海，水流很慢很清澈。"
 
 
 def chat(*turns: tuple[str, str], **more: Any) -> Chat:
@@ -55,7 +58,7 @@ FAULTS: list[tuple[str, str, Record]] = [
     ("consistency", "roles out of order", chat(("user", "a"), ("user", "b"), ("assistant", "c"))),
     ("consistency", "roles out of order", chat(("user", "a"), ("system", "b"), ("assistant", "c"))),
     ("consistency", "roles out of order", chat(("assistant", "a"), ("user", "b"), ("assistant", "c"))),
-    ("consistency", "another script than its prompt", Completion(LONG, "这条河流经过磨坊和旧桥，最后流入大海，水流很慢很清澈。", AT)),
+    ("consistency", "another script than its prompt", Completion(LONG, CHINESE, AT)),
     ("safety", "e-mail address", Completion("Write to whom?", "To jo.smith@mill-house.org please", AT)),
     ("safety", "secret key", Completion("Key?", "AKIA" + "ABCDEFGHIJKLMNOP", AT)),
     ("safety", "card number", Completion("Card?", "It is 4111 1111 1111 1111.", AT)),
@@ -66,7 +69,7 @@ CLEAN: list[Record] = [
     Completion("Sum?", "411111111111 + 4111111111111111 = 4111111111112", AT),
     Completion("Name a drink.", "None of them but tea.", AT),
     Completion(LONG, "Übersetzt: " + LONG, AT),
-    Completion("Translate to Chinese: " + LONG, "这条河流经过磨坊和旧桥，最后流入大海，水流很慢很清澈。", AT),
+    Completion("Translate to Chinese: " + LONG, CHINESE, AT),
     Text("A text that stops in the middle of the", AT),
     chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello.")),
     Chat([{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [
@@ -96,7 +99,8 @@ def test_notes_and_listed_words_are_safety() -> None:
 
 @pytest.mark.parametrize(
     ("text", "count", "named"),
-    [("a b  c\n", 3, "Latin script"), ("你好 world", 3, "zh"), ("こんにちは", 5, "ja"), ("привет мир", 2, "Cyrillic script"),
+    [("a b  c\n", 3, "Latin script"), ("你好 world", 3, "zh"), ("こんにちは", 5, "ja"),
+     ("привет мир", 2, "Cyrillic script"),
      ("안녕 하세요", 2, "ko"), ("12 + 3", 3, "none"), ("", 0, "none"), ("用Adobe Illustrator画图", 4, "zh")],
 )  # fmt: skip
 def test_words_and_scripts(text: str, count: int, named: str) -> None:
@@ -112,7 +116,8 @@ def test_words_and_scripts(text: str, count: int, named: str) -> None:
      ("What is the capital of Norway?", "question answering", ""),
      ("Write a Python function that sorts.", "code", "write python"),
      ("Anna has 3 apples and eats 2. How many are left?", "mathematics", ""),
-     ("把这句话翻译成英文：你好", "translation", ""), ("为什么天是蓝的？", "question answering", ""), ("Hm.", "other", "")],
+     ("把这句话翻译成英文：你好", "translation", ""), ("为什么天是蓝的？", "question answering", ""),
+     ("Hm.", "other", "")],
 )  # fmt: skip
 def test_tasks_are_guessed(question: str, task: str, pair: str) -> None:
     found = guess(question)
@@ -187,7 +192,7 @@ LAW = st.lists(
 def test_parts_join_to_the_whole(made: list[tuple[str, str, str, int]], cuts: list[int]) -> None:
     rows = [asked(q, a, i, origin, judge=score) for i, (q, a, origin, score) in enumerate(made)]
     joined, edges = Quality(), [0, *sorted(cuts), len(rows)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         joined.join(counted(rows[begin:end]))
     assert json.dumps(report(joined)) == json.dumps(report(counted(rows)))
 

@@ -1,4 +1,4 @@
-"""The quality of a set of rows in five dimensions, each a score with the figures it is made of, and what is out of bounds.
+"""The quality of a set of rows in five dimensions, each a score with the figures it is made of.
 
     dimension      score: the share of the rows that ...           besides
     correctness    have no fault of the text itself                rejected when read, judged below 4, refusals
@@ -8,15 +8,15 @@
     safety         hold no address, key, card, listed word,        rows that steps have dropped or masked for it
                    no overlap with an evaluation set
 
-The first three are the inherent data qualities accuracy, completeness and consistency of ISO/IEC 25012:2008, narrowed to
-what can be read off a row of instruction data (row_facts.py); diversity is what the selection of instruction data asks
-for besides (survey: arXiv:2402.05123); safety stands for 25012's confidentiality and compliance. distinct-n is Li and
-others (arXiv:1510.03055): different n-grams over all n-grams, of the first 100 words of the sampled answers, so two sets
-compare at one sample size. Whether an answer is true or helpful is not seen from its form: that is the `judge` step's
-note, which the report tables, and the spot-check's verdicts (spot_check.py).
+The first three are the inherent data qualities accuracy, completeness and consistency of ISO/IEC 25012:2008, narrowed
+to what can be read off a row of instruction data (row_facts.py); diversity is what the selection of instruction data
+asks for besides (survey: arXiv:2402.05123); safety stands for 25012's confidentiality and compliance. distinct-n is Li
+and others (arXiv:1510.03055): different n-grams over all n-grams, of the first 100 words of the sampled answers, so two
+sets compare at one sample size. Whether an answer is true or helpful is not seen from its form: that is the `judge`
+step's note, which the report tables, and the spot-check's verdicts (spot_check.py).
 
-`BARS` are house limits, each with its reason: a figure beyond one is a WARN, never an error. A report is plain JSON, made
-of counts alone (quality_count.py): the same for any cut of the rows into parts.
+`BARS` are house limits, each with its reason: a figure beyond one is a WARN, never an error. A report is plain JSON,
+made of counts alone (quality_count.py): the same for any cut of the rows into parts.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Faults are chosen for precision: what is counted is nearly always wrong, and wha
 belongs to one dimension of quality_report.py.
 
     correctness   broken characters (U+FFFD, UTF-8 read as Latin-1), control characters, an answer that is its prompt,
-                  a placeholder for an answer, an answer that repeats itself (of 40 words or more, under a quarter of its
-                  4-grams are different: the loop of a model that did not stop)
+                  a placeholder for an answer, an answer that repeats itself (of 40 words or more, under a quarter of
+                  its 4-grams are different: the loop of a model that did not stop)
     completeness  no answer, no prompt, the last turn is not the answer's, an answer cut off (its last character is a
                   comma, a dash or an open bracket, or its last word joins two others: "and", "the"), a code block or a
                   reasoning tag left open, a tool call without its result
@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from luthier.contracts.record import Chat, Judged, Pair, Record, Text
@@ -48,7 +49,8 @@ _PLACEHOLDER = re.compile(
 )
 _CUT = re.compile(r"(?:[,({\[，（、]|\s[-–—]|\b(?:and|or|but|the|an|of|with|because|which|such as)|[和与或及])$")
 _REFUSAL = re.compile(
-    r"as an? (?:ai|artificial intelligence)(?: language)? model\b|i(?:'m| am) sorry,? but i can(?:not|'t)|作为一个?(?:人工智能|ai)"
+    r"as an? (?:ai|artificial intelligence)(?: language)? model\b|i(?:'m| am) sorry,? but i can(?:not|'t)"
+    r"|作为一个?(?:人工智能|ai)"
 )
 _OPENING = 400  # characters of an answer in which a refusal begins
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")
@@ -198,7 +200,7 @@ def _incomplete(record: Record, asked: str, said: str) -> Iterator[str]:
         yield "a code block left open"
     if said.count("<think>") > said.count("</think>"):
         yield "a reasoning tag left open"
-    if chat and any(_unanswered(now, then) for now, then in zip(chat.messages, chat.messages[1:], strict=False)):
+    if chat and any(_unanswered(now, then) for now, then in pairwise(chat.messages)):
         yield "a tool call without its result"
 
 
@@ -211,10 +213,9 @@ def _inconsistent(record: Record, asked: str, said: str, task: str) -> Iterator[
     if chat:
         roles = [m["role"] for m in chat.messages]
         spoken = [role for role in roles if role not in ("system", "developer")]
-        pairs = list(zip(spoken, spoken[1:], strict=False))
-        if any(a == b and a != "tool" for a, b in pairs) or spoken[:1] == ["assistant"] or spoken[:1] == ["tool"]:
-            yield "roles out of order"
-        elif any(role in ("system", "developer") for role in roles[1:] if roles[0] not in ("system", "developer")):
+        twice = any(now == then != "tool" for now, then in pairwise(spoken))
+        late = len(spoken) < len(roles) and roles[0] in spoken  # a system prompt that does not come first
+        if twice or late or spoken[:1] in (["assistant"], ["tool"]):
             yield "roles out of order"
     if isinstance(record, Text) or task in ("translation", "code") or len(said) < 24 or len(asked) < 24:
         return

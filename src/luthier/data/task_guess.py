@@ -22,7 +22,8 @@ _WORD = re.compile(r"[a-z][a-z'-]*")
 _HAN = re.compile(r"[㐀-鿿]")
 _CODE = re.compile(
     r"```|\b(?:python|javascript|typescript|java|sql|html|css|c\+\+|golang|rust|bash|regex|regular expression|"
-    r"function that|unit test|source code|write (?:a |the )?(?:code|program|script|query))\b|def \w+\(|#include|SELECT .+ FROM",
+    r"function that|unit test|source code|write (?:a |the )?(?:code|program|script|query))\b"
+    r"|def \w+\(|#include|SELECT .+ FROM",
     re.IGNORECASE,
 )
 _MATHS = re.compile(r"\$[^$]*\\|\\(?:frac|sqrt|int|sum)|\d\s*[-+*/^=×÷]\s*\(?\d|\bx\^\d")
