@@ -5,8 +5,8 @@
     counted.join(counted_of_the_next_part)
 
 All is whole numbers, histograms and bottom-k sketches (sketches.py), so memory does not grow with the rows and no
-sum of floats depends on the order. Only the first places of a fault follow the order, so parts are joined in theirs. Texts are
-held of SAMPLE rows alone, picked by a seeded hash of their content and place, and of those the first characters.
+sum of floats depends on the order. Only the first places of a fault follow the order, so parts are joined in theirs.
+Texts are held of SAMPLE rows alone, picked by a seeded hash of their content and place: their first characters.
 """
 
 from __future__ import annotations
