@@ -1,8 +1,8 @@
-"""Writes the generated pages of docs/: verbs, recipe, methods, objectives, regularizers. `make docs`; a test holds them
-current.
+"""Writes the generated pages of docs/: verbs, recipe, methods, objectives, regularizers, steps. `make docs`; a test
+holds them current.
 
-Sources: the click commands, the recipe's JSON Schema, and the opening words of the files in methods/, objectives/ and
-regularizers/ (read, not imported). `--check` writes nothing and exits 1 where a page is stale.
+Sources: the click commands, the recipe's JSON Schema, and the opening words of the files in methods/, objectives/,
+regularizers/ and data/steps/ (read, not imported). `--check` writes nothing and exits 1 where a page is stale.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def pages() -> dict[str, str]:
     schema = json.loads((PACKAGE / "recipe" / "schema.json").read_text("utf-8"))
     return {
         "verbs.md": verbs(), "recipe.md": recipe(schema), "methods.md": methods(schema),
-        "objectives.md": objectives(schema), "regularizers.md": regularizers(schema), "families.md": families(),
+        "objectives.md": objectives(schema), "regularizers.md": regularizers(schema), "steps.md": steps(schema),
+        "families.md": families(),
     }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def recipe(schema: dict[str, Any]) -> str:
         MARK + "# Recipe reference\n\nThe same words in YAML, in Python (`luthier.Recipe`) and on the command line "
         "(`luthier train my.yaml train.epochs=2`). `luthier explain PATH` prints one field; the fields of "
         "methods are in [methods.md](methods.md), those of objectives in [objectives.md](objectives.md), those of "
-        "regularizers in [regularizers.md](regularizers.md).\n"
+        "regularizers in [regularizers.md](regularizers.md), those of data steps in [steps.md](steps.md).\n"
     ]
     for name, spec in schema["properties"].items():
         section = definition(spec, schema)
@@ -224,9 +225,26 @@ def regularizers(schema: dict[str, Any]) -> str:
     return "\n".join([head, *(card(branch, path, "regularizers") for branch, path in found)])
 
 
+def steps(schema: dict[str, Any]) -> str:
+    found = files(schema, "data/steps", "steps")
+    table = "| step | |\n|---|---|\n" + "".join(
+        f"| [`{path.stem}`](#datasteps-{path.stem}) | {cell(branch['description'])} |\n" for branch, path in found
+    )
+    head = MARK + (
+        "# Data steps\n\nWhat happens to the rows between the files and the tokenizer, in the order of the recipe: "
+        "`data: {train: rows.jsonl, steps: [exact_dedup, {name: near_dedup, threshold: 0.8}]}`. `luthier data build` "
+        "runs them and writes the rows, a ledger in which every row is accounted for, and a card; `luthier train` of "
+        "the same recipe does so first. One file each; the name in the recipe is the name of the file. A dotted path "
+        "names one of your own, a dataclass of `luthier.contracts.step.RowStep` or `SetStep`. How they work together "
+        "is shown in [data.md](data.md).\n\n" + table
+    )
+    return "\n".join([head, *(card(branch, path, "data.steps") for branch, path in found)])
+
+
 def files(schema: dict[str, Any], room: str, section: str) -> list[tuple[dict[str, Any], Path]]:
     """Schema and source file of everything in a room."""
-    node = schema["properties"][section]
+    where = schema["$defs"]["DataSection"] if section == "steps" else schema
+    node = where["properties"][section]
     listed = [branch["items"] for branch in node.get("anyOf", []) if "items" in branch]
     branches = (listed[0] if listed else node).get("oneOf", [])
     paths = [(branch, PACKAGE / room / f"{branch.get('title', '')}.py") for branch in branches]

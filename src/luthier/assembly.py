@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier.building import as_source, built_rows
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
@@ -224,13 +225,18 @@ def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...
     `stage`: the sources of a stage, in place of the recipe's training rows; nothing of them is held out.
     """
     objective: Objective = resolve.build("objectives", recipe.objective)
-    section = data_section(recipe)
+    section, built = data_section(recipe), None
     if stage is not None:
         section = section.model_copy(update={"train": stage, "eval": None})
-    return prepare(
+    elif section.steps:
+        built = built_rows(recipe)
+        section = section.model_copy(update={"train": as_source(built), "steps": ()})
+    prepared = prepare(
         section, encoder, seed=recipe.train.seed, kinds=objective.records,
         objective=str(recipe.objective["name"]),
     )  # fmt: skip
+    prepared.ledger.build = built.ledger if built else None
+    return prepared
 
 
 def data_section(recipe: Recipe) -> DataSection:

@@ -2,6 +2,7 @@
 
 train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
 dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
+data_build  raw files through the steps, on disk
 load       a run, adapter or model, ready to use    generate, reply         answers
 evaluate   loss, perplexity, exact match, ranking   merge                   an adapter into its base
 """
@@ -22,8 +23,11 @@ from typing import Any
 from luthier import account
 from luthier.artifact import fold
 from luthier.assembly import MICROBATCH_TOKENS, assemble, encoder_of, engine_run, prepared_rows
+from luthier.building import built_rows
 from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.event import Event, StepDone
+from luthier.data.build import Built
+from luthier.data.crew import Progress
 from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
 from luthier.data.pairs import ChosenSide
@@ -147,6 +151,13 @@ def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
     prepared = prepared_rows(recipe, encoder)
     for sample in islice(prepared.train, rows):
         yield shown(sample, encoder.tokenizer)
+
+
+def data_build(
+    recipe: Recipe, out: str | Path | None = None, workers: int | None = None, progress: Progress | None = None
+) -> Built:
+    """The rows of data.train through data.steps, on disk: rows, ledger, manifest. Without `out` in RUN/built."""
+    return built_rows(recipe, Path(out) if out else None, workers, progress)
 
 
 def data_check(recipe: Recipe) -> Ledger:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from luthier.contracts.record import Source, Text
 from luthier.contracts.step import Item, Room
 from luthier.data.applied import apply
-from luthier.data.steps.exact_dedup import REASON, ExactDedup, first_of_each, normalised
+from luthier.data.exact_words import normalised
+from luthier.data.steps.exact_dedup import REASON, ExactDedup, first_of_each
 
 
 def items(texts: list[str]) -> list[Item]:

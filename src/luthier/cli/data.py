@@ -1,6 +1,7 @@
-"""`luthier data show|check RECIPE`: rows as the model sees them, and what became of every row.
+"""`luthier data show|check|build RECIPE`: rows as the model sees them, what became of every row, the built set.
 
-What is printed is what training reads: the same ids, the same marks; nothing is written.
+What is printed is what training reads: the same ids, the same marks. `build` takes raw files through the recipe's
+steps; `show` and `check` of a recipe with steps read that set, and make it where it is not there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 import click
 
 
-@click.group("data", short_help="Rows as the model sees them: show, check.")
+@click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
-    """Rows as the model sees them (show), and what became of every row (check)."""
+    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
 
 
 def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
@@ -62,6 +63,36 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     click.echo(ledger.summary())
     tokens, scored = ledger.total("tokens"), ledger.total("scored_tokens")
     click.echo(f"{tokens:,} tokens, {scored:,} of them trained ({scored / max(tokens, 1):.0%})")
+
+
+@command.command("build")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
+@click.option("--out", type=click.Path(), help="Directory of the built set; default: RUN/built, where train looks.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: as the files are large.")
+@click.option("--progress", default="auto", type=click.Choice(["auto", "rich", "plain", "off"]), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Manifest and ledger as one JSON object.")
+def build(
+    recipe: str, overrides: tuple[str, ...], out: str | None, workers: int | None, progress: str, as_json: bool
+) -> None:
+    """Take raw files through the steps of a recipe to one clean file of rows, with an account of every row.
+
+    An interrupted build goes on where it was; a finished one is taken as it is while nothing that decides it changed.
+    """
+    read = _read(recipe, overrides)
+    from luthier import run
+    from luthier.cli.passes import passes_reader
+    from luthier.data.ledger import summary_of_build
+
+    with passes_reader("off" if as_json and progress == "auto" else progress) as show:
+        built = run.data_build(read, out, workers, show)
+    if as_json:
+        click.echo(json.dumps({"out": str(built.directory), "reused": built.reused, "manifest": built.manifest,
+                               "ledger": built.ledger}, ensure_ascii=False))  # fmt: skip
+        return
+    click.echo("\n".join(summary_of_build(built.ledger)))
+    same = " (as it was: nothing that decides it has changed)" if built.reused else ""
+    click.echo(f"{built.manifest['output']['rows']:,} rows in {built.rows}{same}")
 
 
 def _show_row(row: dict[str, Any]) -> None:

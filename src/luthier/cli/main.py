@@ -26,7 +26,7 @@ VERBS: dict[str, str] = {
     "quickstart": "See it work: train, tune and score a small model here, in a few minutes.",
     "init": "Write a commented starter recipe.",
     "train": "Train as a recipe says: luthier train RECIPE [path=value ...].",
-    "data": "Rows as the model sees them: show, check.",
+    "data": "Rows as the model sees them: show, check; raw files to a clean set: build.",
     "generate": "One answer from a model, an adapter or a run.",
     "chat": "Talk to one or several targets side by side.",
     "evaluate": "Loss, perplexity and exact match on a file; pairs ranked right.",

@@ -118,6 +118,9 @@ class Errors(LuthierError):
     def line(self) -> str:
         return "\n".join(error.line() for error in self.errors)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Errors, (self.errors,)  # so that it can come out of another process
+
 
 def raise_all(errors: Sequence[LuthierError]) -> None:
     """Raise nothing for none, the error itself for one, `Errors` for several."""

@@ -111,6 +111,11 @@ class Step:
 
     one_process: ClassVar[bool] = False  # the work is not shared among processes (an endpoint, a model with threads)
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it asks for `room.tokenizer`."""
+        return False
+
     def files(self) -> tuple[str, ...]:
         """Paths whose contents decide what the step does (evaluation sets, word lists, models)."""
         return ()

@@ -44,11 +44,11 @@ def name_of(step: Step) -> str:
 
 
 def apply(steps: Sequence[Step], items: Sequence[Item], room: Room) -> tuple[list[Item], list[Tally]]:
-    """The rows that the steps leave, and what each step did. Each step's cache lies in a directory of its own."""
+    """The rows that the steps leave, and what each step did. Each step has a directory of its own for its cache."""
     rows, tallies = list(items), []
-    for number, step in enumerate(steps):
+    for step in steps:
         name = name_of(step)
-        own = replace(room, cache=room.cache / cache_name(number, name))
+        own = replace(room, cache=room.cache / cache_name(name))
         tally = Tally(name)
         if isinstance(step, SetStep):
             sketcher = step.sketch(own)
@@ -112,9 +112,9 @@ def batches(rows: Sequence[Item] | Iterator[Item], size: int = BATCH) -> Iterato
         yield batch
 
 
-def cache_name(number: int, name: str) -> str:
-    """Directory of a step's cache: its place in the recipe and its name."""
-    return f"{number:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
+def cache_name(name: str) -> str:
+    """Directory of a step's cache; two steps of one name share it, so what it holds is keyed by all that decides it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def notes_of(items: Sequence[Item], name: str) -> list[Any]:

@@ -6,12 +6,15 @@ the evaluation split are counted beside it (`evaluation`), rejects are the rows 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.contracts.record import Source
+from luthier.data.tally import Tally
 
 _EXAMPLES = 5
+_COUNTS = ("read", "kept", "evaluation", "samples", "tokens", "scored_tokens")
 
 
 class Dropped(Exception):
@@ -56,6 +59,24 @@ class Account:
     def reject(self, reason: str, source: Source) -> None:
         self.rejected.setdefault(reason, Reason()).add(source)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` undoes it."""
+        return {
+            "file": self.file,
+            "use": self.use,
+            **{name: getattr(self, name) for name in _COUNTS},
+            "dropped": {name: vars(reason) for name, reason in self.dropped.items()},
+            "rejected": {name: vars(reason) for name, reason in self.rejected.items()},
+        }
+
+    @classmethod
+    def from_json(cls, made: Mapping[str, Any]) -> Account:
+        counts = {name: made[name] for name in _COUNTS}
+        dropped, rejected = (
+            {name: Reason(**one) for name, one in made[part].items()} for part in ("dropped", "rejected")
+        )
+        return cls(made["file"], made["use"], **counts, dropped=dropped, rejected=rejected)
+
     @property
     def reasons(self) -> dict[str, int]:
         both: dict[str, int] = {}
@@ -71,6 +92,7 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
 
     def account(self, file: str, use: str) -> Account:
@@ -110,26 +132,18 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Plain data for `data/ledger.json`."""
         self.assert_balanced()
-        names = ("read", "kept", "evaluation", "samples", "tokens", "scored_tokens")
         return {
-            **{name: self.total(name) for name in names},
+            **{name: self.total(name) for name in _COUNTS},
             "reasons": self.reasons,
             "evaluation_rows_also_in_training": self.leaked,
-            "files": [
-                {
-                    "file": account.file,
-                    "use": account.use,
-                    **{name: getattr(account, name) for name in names},
-                    "dropped": {name: vars(reason) for name, reason in account.dropped.items()},
-                    "rejected": {name: vars(reason) for name, reason in account.rejected.items()},
-                }
-                for account in self.accounts
-            ],
+            "files": [account.to_json() for account in self.accounts],
+            **({"build": self.build} if self.build else {}),
         }
 
     def summary(self) -> str:
         """For people: one line in all, one for each reason with the first places."""
-        lines = [
+        lines = summary_of_build(self.build) if self.build else []
+        lines += [
             f"{self.total('read')} rows read = {self.total('kept')} kept"
             + "".join(f" + {count} {name}" for name, count in self.reasons.items())
         ]
@@ -142,3 +156,11 @@ class Ledger:
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
         return "\n".join(lines)
+
+
+def summary_of_build(build: Mapping[str, Any]) -> list[str]:
+    """The ledger of a build for people: the files, then one line a step."""
+    sources = build["sources"]
+    reasons = "".join(f" + {count} {name}" for name, count in sources["reasons"].items())
+    steps = [Tally.from_json(made).summary() for made in build["steps"]]
+    return [f"build: {sources['read']} rows read = {sources['kept']} kept{reasons}", *(f"  {line}" for line in steps)]

@@ -84,10 +84,11 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         self.assert_balanced()
+        origins = {origin: list(counts) for origin, counts in self.origins.items()}
         return {
-            "name": self.name, "read": self.read, "kept": self.kept, "added": self.added,
-            "left": {reason: {"count": one.count, "places": one.places} for reason, one in self.left.items()},
-            "changed": self.changed, "origins": self.origins, "figures": self.figures,
+            "name": self.name, "read": self.read, "kept": self.kept, "added": dict(self.added),
+            "left": {reason: {"count": one.count, "places": list(one.places)} for reason, one in self.left.items()},
+            "changed": dict(self.changed), "origins": origins, "figures": dict(self.figures),
         }  # fmt: skip
 
     @classmethod

@@ -10,20 +10,18 @@ Leaves out rows that are nearly the same: `near_dedup`.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.contracts.step import Decision, Item, Room, Rows, SetStep, Sketcher
+from luthier.data.exact_words import BYTES, digest_of, normalised
 from luthier.data.texts import prompt, whole
 
 REASON = "the same as an earlier row"
-_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +46,9 @@ class ExactDedup(SetStep):
             raw = bytearray()
             for item in items:
                 text = words(item.record) or whole(item.record)
-                raw += digest(normalised(text) if self.normalise else text)
-            sketches_B = np.zeros(len(items), dtype=[("digest", f"V{_BYTES}"), ("score", "f8")])
-            sketches_B["digest"] = np.frombuffer(bytes(raw), dtype=f"V{_BYTES}")
+                raw += digest_of(normalised(text) if self.normalise else text)
+            sketches_B = np.zeros(len(items), dtype=[("digest", f"V{BYTES}"), ("score", "f8")])
+            sketches_B["digest"] = np.frombuffer(bytes(raw), dtype=f"V{BYTES}")
             sketches_B["score"] = [self._score(item) for item in items]
             return sketches_B
 
@@ -63,18 +61,6 @@ class ExactDedup(SetStep):
     def _score(self, item: Item) -> float:
         value = item.notes.get(self.score) if self.score else None
         return float(value) if isinstance(value, int | float) else float("-inf")
-
-
-def normalised(text: str) -> str:
-    """NFKC, case folded, white space collapsed. Plain ASCII, most of all text, needs no NFKC."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
-
-
-def digest(text: str) -> bytes:
-    """128 bits of the text; lone surrogates are digested as they are."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_BYTES).digest()
 
 
 def first_of_each(digests_B: NDArray[Any], scores_B: NDArray[Any]) -> NDArray[Any]:

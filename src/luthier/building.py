@@ -1,0 +1,74 @@
+"""A recipe's data section becomes a build: sources, steps, the tokenizer for those that count tokens, and where to.
+
+`built_rows` is what `train`, `data check` and `data show` read where a recipe has steps: the set in RUN/built, made
+now, gone on with, or taken as it is. `luthier data build` makes the same set beforehand, there or elsewhere.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from luthier.contracts.errors import RecipeError
+from luthier.contracts.step import Step
+from luthier.data.build import BuildSpec, Built, build
+from luthier.data.crew import Progress
+from luthier.data.paths import expand
+from luthier.models.load import load_text
+from luthier.recipe import fingerprint, resolve
+from luthier.recipe.recipe import DataSource, ModelSection, Recipe
+
+
+def built_rows(
+    recipe: Recipe, out: Path | None = None, workers: int | None = None, progress: Progress | None = None
+) -> Built:
+    """The built set of a recipe, by default in RUN/built."""
+    return build(spec_of(recipe), out or place_of(recipe), workers, progress)
+
+
+def place_of(recipe: Recipe) -> Path:
+    """Where a recipe's built set lies."""
+    return Path(recipe.output_dir) / "built"
+
+
+def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
+    """What decides the rows. The tokenizer is opened only where a step counts tokens."""
+    steps = tuple(_step(section, at) for at, section in enumerate(recipe.data.steps))
+    if any(stage.data is not None for stage in recipe.train.stages):
+        raise RecipeError(
+            "steps act on data.train, and a stage has rows of its own", where="train.stages", value="data",
+            remedy="build each set with `luthier data build`, and name the built files in the stages",
+        )  # fmt: skip
+    weighted = [source.path for source in recipe.data.train if source.weight != 1]
+    if weighted and any(section["name"] == "mix" for section in recipe.data.steps):
+        raise RecipeError("a source has a weight, and the mixture says shares too", where="data.train", value=weighted,
+                          remedy="keep one: weight of sources, or data.mix")  # fmt: skip
+    held = recipe.data.eval if isinstance(recipe.data.eval, tuple) else recipe.evaluate.on or ()
+    evaluation = tuple(path for source in held for path in expand(source.path, source.split))
+    counts = any(step.counts_tokens for step in steps)
+    return BuildSpec(
+        recipe.data.train, steps, recipe.train.seed, recipe.data.bad_rows, evaluation,
+        partial(tokenizer_of, recipe.model) if counts else None,
+        fingerprint.digest(tokenizer_of(recipe.model).backend_tokenizer.to_str()) if counts else "", offline,
+    )  # fmt: skip
+
+
+def tokenizer_of(model: ModelSection) -> Any:
+    """The recipe's tokenizer; a function of its own, so that another process can open it."""
+    return load_text(model).tokenizer
+
+
+def as_source(built: Built) -> tuple[DataSource, ...]:
+    """The built rows as a source of training."""
+    return (DataSource(path=str(built.rows)),)
+
+
+def _step(section: dict[str, Any], at: int) -> Step:
+    try:
+        step: Step = resolve.build("steps", section)
+    except RecipeError as error:
+        if error.where and error.where.startswith("data.steps."):
+            error.where = f"data.steps[{at}].{error.where.rpartition('.')[2]}"
+        raise
+    return step

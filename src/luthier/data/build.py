@@ -1,0 +1,216 @@
+"""From raw files to a clean set on disk: the sources read, the steps in their order, one file of rows, and an account.
+
+    OUT/train.jsonl     the rows, in the field's own forms (built.py)     OUT/ledger.json   what became of every row
+    OUT/manifest.json   what it was made of and by, and the digest of     OUT/rejects.jsonl wrong rows, where they were
+                        the rows; written last                                              quarantined
+    OUT/.work/          stages under way (gone at the end), caches of steps (kept: answers of an endpoint cost money)
+
+The build is a list of passes (passes.py); whoever runs them (processes here, tasks of a cluster) gets the same bytes.
+Its key digests the contents of all files read, the fields of sources and steps, the seed and our own code, so a built
+set is taken again only where nothing of it would come out another way, and a stage of an interrupted build likewise.
+`weight` of a source counts at the end, after duplicates are gone: 2.3 puts every row twice, and a third time where
+the hash of (seed, the row) says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from luthier import data as room_of_data
+from luthier.contracts.errors import UsageError
+from luthier.contracts.step import Room, RowStep, SetStep, Step
+from luthier.data.applied import name_of
+from luthier.data.crew import Crew, Progress, cores
+from luthier.data.finish import FinishPass
+from luthier.data.passes import ApplyPass, DecidePass, Pass, Read, RowPass, SketchPass
+from luthier.data.paths import expand, is_hub_id
+from luthier.data.stage import Stage
+from luthier.disk.lock import hold
+from luthier.recipe.recipe import DataSource
+
+_BYTES_PER_WORKER = 8 << 20
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What decides the rows of a build."""
+
+    sources: tuple[DataSource, ...]
+    steps: tuple[Step, ...]
+    seed: int = 0
+    bad_rows: str = "strict"
+    evaluation: tuple[str, ...] = ()  # the files of data.eval
+    tokenizer: Callable[[], Any] | None = field(default=None, compare=False)
+    tokenizer_digest: str = ""  # of what it opens
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built set: its directory, and what its manifest and ledger say."""
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    reused: bool = False
+
+    @property
+    def rows(self) -> Path:
+        return self.directory / "train.jsonl"
+
+
+def build(spec: BuildSpec, out: Path, workers: int | None = None, progress: Progress | None = None) -> Built:
+    """The built set in `out`: made, gone on with, or taken as it is where it is this very one."""
+    with hold(out):
+        passes = plan(spec, out)
+        finish = passes[-1]
+        assert isinstance(finish, FinishPass)
+        if reused := finish.complete():
+            return Built(out, finish.manifest(), finish.ledger(), reused)
+        sweep(out, passes)
+        with Crew(workers or _workers(spec)) as crew:
+            for work in passes:
+                crew.run(work, progress or _quiet)
+        shutil.rmtree(out / ".work" / "stages", ignore_errors=True)
+        return Built(out, finish.manifest(), finish.ledger())
+
+
+def plan(spec: BuildSpec, out: Path) -> list[Pass]:
+    """The passes of a build in their order; the last is the FinishPass. Nothing is written."""
+    _refuse_foreign(out)
+    files = tuple(
+        (path, source, source.name or origin_of(source.path))
+        for source in spec.sources
+        for path in expand(source.path, source.split)
+    )
+    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline)
+    inputs = [{"file": path, "sha256": file_digest(path)} for path, _, _ in files]
+    said = [
+        {**one, "source": source.model_dump(), "origin": o} for one, (_, source, o) in zip(inputs, files, strict=True)
+    ]
+    key = _key("", "read", said, spec.bad_rows, spec.seed, code())
+    passes: list[Pass] = [Read(_stage(out, 0, "read", key), room, files, spec.bad_rows)]
+    for number, group in enumerate(_groups(spec.steps), start=1):
+        key = _key(key, *(_said(step, spec) for step in group))
+        name = name_of(group[0]) + (f"-and-{len(group) - 1}" if len(group) > 1 else "")
+        passes += _passes(_stage(out, number, name, key), room, passes[-1], group)
+    weights = {origin: source.weight for _, source, origin in files}
+    about = {
+        "key": _key(key, "finish"), "luthier": version("luthier"), "code": code(), "seed": spec.seed,
+        "bad_rows": spec.bad_rows, "inputs": inputs, "sources": [source.model_dump() for source in spec.sources],
+        "steps": [_said(step, spec) for step in spec.steps],
+    }  # fmt: skip
+    return [*passes, FinishPass(Stage(out), room, passes[-1], tuple(passes), tuple(sorted(weights.items())), about)]
+
+
+def sweep(out: Path, passes: Sequence[Pass]) -> None:
+    """Take away stages that no pass of this build uses, and what a killed writer left half done."""
+    used = {work.stage.directory for work in passes}
+    stages = out / ".work" / "stages"
+    for directory in sorted(stages.iterdir()) if stages.is_dir() else []:
+        if directory not in used:
+            shutil.rmtree(directory)
+            continue
+        for left in directory.glob("*.new"):
+            left.unlink()
+
+
+def origin_of(path: str) -> str:
+    """What a source is called that has no name: the file's or folder's name up to its first dot."""
+    return Path(path.rstrip("/")).name.split(".")[0] or path
+
+
+@cache
+def code() -> str:
+    """Digest of the source files that decide what a build makes: another version of them is another build."""
+    state = hashlib.sha256()
+    folder = Path(room_of_data.__path__[0])
+    for path in sorted([*folder.rglob("*.py"), folder.parent / "contracts" / "record.py"]):
+        state.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """sha256 of a file's bytes, of a directory's files and their names; a hub id stands for itself."""
+    if is_hub_id(path):
+        return hashlib.sha256(path.encode()).hexdigest()
+    place = Path(path)
+    if place.is_dir():
+        state = hashlib.sha256()
+        for file in sorted(one for one in place.rglob("*") if one.is_file()):
+            state.update(f"{file.relative_to(place)}\0{file_digest(str(file))}\0".encode())
+        return state.hexdigest()
+    with place.open("rb") as file_:
+        return hashlib.file_digest(file_, "sha256").hexdigest()
+
+
+def _groups(steps: Sequence[Step]) -> list[list[Step]]:
+    """Row steps after one another that may run in one pass; every set step by itself."""
+    made: list[list[Step]] = []
+    for step in steps:
+        with_last = made and isinstance(step, RowStep) and isinstance(made[-1][-1], RowStep)
+        if with_last and made[-1][-1].one_process == step.one_process:
+            made[-1].append(step)
+        else:
+            made.append([step])
+    return made
+
+
+def _passes(stage: Stage, room: Room, previous: Pass, group: Sequence[Step]) -> list[Pass]:
+    first = group[0]
+    if not isinstance(first, SetStep):
+        return [RowPass(stage, room, previous, tuple(step for step in group if isinstance(step, RowStep)))]
+    decision = Stage(stage.directory.with_name(stage.directory.name + "-decision"))
+    return [
+        SketchPass(decision, room, previous, first), DecidePass(decision, room, previous, first),
+        ApplyPass(stage, room, previous, first, decision),
+    ]  # fmt: skip
+
+
+def _stage(out: Path, number: int, name: str, key: str) -> Stage:
+    return Stage(out / ".work" / "stages" / f"{number:02d}-{name}-{key[:16]}")
+
+
+def _said(step: Step, spec: BuildSpec) -> dict[str, Any]:
+    """A step's name, fields, and the digests of the files it names."""
+    files = {path: file_digest(found) for path in step.files() for found in expand_any(path)}
+    more = {"evaluation": {path: file_digest(path) for path in spec.evaluation}} if spec.evaluation else {}
+    return {"name": name_of(step), **asdict(step), **({"files": files} if files else {}), **more,  # type: ignore[call-overload]
+            **({"tokenizer": spec.tokenizer_digest} if spec.tokenizer_digest else {})}  # fmt: skip
+
+
+def expand_any(path: str) -> list[str]:
+    """The files behind a path that a step names: data files, a directory of a model, anything that exists."""
+    return [path] if Path(path).exists() else expand(path)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _workers(spec: BuildSpec) -> int:
+    paths = [Path(path) for source in spec.sources for path in expand(source.path, source.split)]
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    return max(1, min(cores(), size // _BYTES_PER_WORKER))
+
+
+def _refuse_foreign(out: Path) -> None:
+    """A directory that holds something else is never written into."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").exists() and not (out / ".work").is_dir():
+        others = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+        if others:
+            raise UsageError("the directory holds something that is no built set", where=str(out), value=others[0],
+                             remedy="choose another --out, or empty it")  # fmt: skip
+
+
+def _quiet(title: str, done: int, total: int, measure: str) -> None:
+    return None
