@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from luthier.cli import spot_check
+
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
@@ -123,3 +125,7 @@ def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
         inside = bool(flag)
         parts.append(click.style(text, fg=colour) if flag and coloured else text)
     return "".join(parts) + ("⟧" if inside and not coloured else "")
+
+
+for verb in (spot_check.sample, spot_check.verdicts):  # what people see of a built set
+    command.add_command(verb)

@@ -1,7 +1,7 @@
-"""A built data set on disk as its readers see it: OUT/train.jsonl a row at a time, with the place and digest of each.
+"""A built data set on disk as its readers see it: OUT/train.jsonl a row at a time, with its place and digest.
 
-A directory of `luthier data build`, or its train.jsonl itself. A row is named by its line in the file and 64 bits of the
-digest of that line, so that what was said of a row (a verdict, a comment) is never taken for another's.
+A directory of `luthier data build`, or its train.jsonl itself. A row is named by its line in the file and 64 bits of
+the digest of that line, so that what was said of a row (a verdict, a comment) is never taken for another's.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """The sheet that people judge rows in: CSV for spreadsheets, or one HTML page; and the verdicts read back from it.
 
-CSV is RFC 4180: a header, every field quoted, CRLF. A cell that a spreadsheet would take for a formula (it begins with
-= + - @, a tab, a line end, or the wide forms of these) gets an apostrophe before it, as OWASP's page on CSV injection
-asks; NUL, which no CSV holds, becomes U+FFFD; a cell is cut at 32,000 characters, the most that spreadsheets hold. These
-three touch what is shown, never the built rows. `id` at the end names the row and its digest: it must come back as it went.
+CSV is RFC 4180: a header, every field quoted, CRLF. A cell that a spreadsheet would take for a formula (it begins
+with = + - @, a tab, a line end, or the wide forms of these) gets an apostrophe before it, as OWASP's page on CSV
+injection asks; NUL, which no CSV holds, becomes U+FFFD; a cell is cut at 32,000 characters, about the most that
+spreadsheets hold. These touch what is shown, never the built rows. `id` at the end names the row and its digest: it
+must come back as it went.
 
-The page is one file, no script or style from elsewhere (a content policy in it forbids them), rows as escaped text. Keys:
-j and k move, g, b and u or 1 to 5 judge, c comments, s saves the CSV. What was judged stays in the browser until saved.
+The page is one file, no script or style from elsewhere (a content policy in it forbids them), rows as escaped text.
+Keys: j and k move, g, b and u or 1 to 5 judge, c comments, s saves the CSV. What was judged stays in the browser until
+it is saved.
 
-Reading takes what spreadsheets write: a byte order mark, semicolons or tabs for commas, other line ends, empty verdicts.
+Reading takes what spreadsheets write: a byte order mark, semicolons or tabs for commas, other line ends, no verdict.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 from luthier.contracts.errors import DataError, LuthierError, raise_all
 from luthier.data.built_set import Row
-from luthier.data.spot_check import shown
-from luthier.data.verdicts import WORDS
+from luthier.data.spot_check import Strata, shown
+from luthier.data.verdicts import WORDS, Checked, Count, Verdicts
 
 COLUMNS = ("file", "line", "origin", "prompt", "answer", "verdict", "comment", "id")
 LONGEST, _CUT = 32_000, " … [cut here]"
@@ -74,13 +76,15 @@ def _article(number: int, row: Row) -> str:
     facts = {"file": source.file, "line": str(source.line), "origin": row.item.origin, "id": row.id}
     data = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in facts.items())
     choices = "".join(
-        f'<label><input type="radio" name="{row.id}" value="{word}"> {word}</label>' for word in ("good", "bad", "unsure")
+        f'<label><input type="radio" name="{row.id}" value="{word}"> {word}</label>'
+        for word in ("good", "bad", "unsure")
     )
     return (
         f'<article tabindex="-1" {data}><h2>{number} <small>{html.escape(str(source))} · '
-        f"{html.escape(row.item.origin)}</small></h2>\n<h3>prompt</h3><pre>{asked}</pre>\n<h3>answer</h3><pre>{said}</pre>\n"
-        f'<fieldset><legend>verdict</legend>{choices} <input class="comment" aria-label="comment" placeholder="comment">'
-        "</fieldset></article>"
+        f"{html.escape(row.item.origin)}</small></h2>\n"
+        f"<h3>prompt</h3><pre>{asked}</pre>\n<h3>answer</h3><pre>{said}</pre>\n"
+        f"<fieldset><legend>verdict</legend>{choices} "
+        '<input class="comment" aria-label="comment" placeholder="comment"></fieldset></article>'
     )
 
 
@@ -124,8 +128,10 @@ def _header(fields: Sequence[str], path: Path) -> list[str]:
     names = [field.strip().lower() for field in fields]
     for needed in ("verdict", "id"):
         if needed not in names:
-            raise DataError(f"the sheet has no column {needed}", where=f"{path}:1", value=", ".join(names),
-                            remedy="keep the columns of `luthier data sample`, fill in verdict and comment")  # fmt: skip
+            remedy = "keep the columns of `luthier data sample`, fill in verdict and comment"
+            raise DataError(
+                f"the sheet has no column {needed}", where=f"{path}:1", value=", ".join(names), remedy=remedy
+            )
     return names
 
 
@@ -164,3 +170,31 @@ def _id(text: str) -> tuple[int | None, str]:
     if text.startswith("r") and number.isdecimal() and number.isascii() and len(digest) == 16 and digest.isalnum():
         return int(number), digest
     return None, ""
+
+
+def judged(read: Iterable[Row], by: Sequence[str], path: Path) -> Verdicts:
+    """The verdicts of a sheet on a built set. A row that is not there, or another than was drawn, is an error."""
+    said, empty = words(path)
+    strata, checked, errors = Strata(tuple(by)), [], list[LuthierError]()
+    for row in read:
+        stratum = strata.see(row.item)
+        if row.line not in said:
+            continue
+        line, digest, word, comment = said.pop(row.line)
+        if digest != row.digest:
+            errors.append(_foreign(path, line))
+            continue
+        note = row.item.notes.get("judge")
+        judge = float(note) if isinstance(note, int | float) and not isinstance(note, bool) else None
+        checked.append(Checked(row.line, stratum, word, WORDS[word], comment, judge))
+    errors += [_foreign(path, line) for line, *_ in said.values()]
+    raise_all(sorted(errors, key=lambda error: int(str(error.where).rpartition(":")[2]))[:_TOLD])
+    made = Verdicts(tuple(by), {stratum: Count(rows) for stratum, rows in strata.rows.items()}, empty)
+    for one in checked:
+        made.add(one)
+    return made
+
+
+def _foreign(path: Path, line: int) -> DataError:
+    remedy = "give the set that the sheet was drawn from, or draw the sheet again"
+    return DataError("the row does not belong to this built set", where=f"{path}:{line}", remedy=remedy)

@@ -94,7 +94,9 @@ def allotted(rows: Mapping[Stratum, int], size: int) -> dict[Stratum, int]:
     least = 1 if size >= len(names) else 0
     made = {name: min(rows[name], max(least, size * rows[name] // total)) for name in names} if total else {}
     while sum(made.values()) > size:  # the ones that were owed to small strata are taken from where most is over
-        over = max(names, key=lambda name: (made[name] - size * rows[name] / total if made[name] > least else -1.0, name))
+        over = max(
+            names, key=lambda name: (made[name] - size * rows[name] / total if made[name] > least else -1.0, name)
+        )
         made[over] -= 1
     while sum(made.values()) < size:
         short = [name for name in names if made[name] < rows[name]]

@@ -5,8 +5,9 @@
     finite    the same with n (N - 1) / (N - n): a sample that is a large part of the set leaves less to guess
 
 Words: good, bad, unsure; or 1 to 5, where 4 and 5 are good, 3 is unsure, 1 and 2 are bad; an empty cell is not judged
-yet. Unsure rows are in no share; `if_unsure_is_bad` says what they could cost. Wilson's interval holds its 95 % at the
-small counts and the shares near 1 that spot-checks have, where the textbook one does not (Brown, Cai and DasGupta, 2001).
+yet. Unsure rows are in no share; `if_unsure_is_bad` says what they could cost. Wilson's interval holds its 95 % at
+the small counts and the shares near 1 that spot-checks have, where the textbook one does not (Brown, Cai and DasGupta,
+2001).
 """
 
 from __future__ import annotations
