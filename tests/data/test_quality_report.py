@@ -91,9 +91,9 @@ def test_good_rows_have_no_fault(record: Record) -> None:
 
 
 def test_notes_and_listed_words_are_safety() -> None:
-    row = Item(Completion("Say it.", "Ducks, ducking!", AT), notes={"contamination": ["x.jsonl:3"], "pii": 1})
+    row = Item(Completion("Say it.", "Ducks, ducking!", AT), notes={"overlap": {"with": "x.jsonl:3"}})
     found = facts(row, listed(frozenset({"ducks"}))).faults["safety"]
-    assert found == ("a listed word", "overlaps an evaluation set", "personal data noted by a step")
+    assert found == ("a listed word", "overlaps an evaluation set")
     assert not facts(Item(Completion("Say it.", "Duckstable", AT)), listed(frozenset({"ducks"}))).faults["safety"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from luthier.cli import spot_check
+from luthier.cli import card, spot_check
 
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
@@ -127,5 +127,5 @@ def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
     return "".join(parts) + ("⟧" if inside and not coloured else "")
 
 
-for verb in (spot_check.sample, spot_check.verdicts):  # what people see of a built set
+for verb in (card.report, card.card, spot_check.sample, spot_check.verdicts):  # what people see of a built set
     command.add_command(verb)

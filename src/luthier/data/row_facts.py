@@ -10,7 +10,7 @@ belongs to one dimension of quality_report.py.
                   comma, a dash or an open bracket, or its last word joins two others: "and", "the"), a code block or a
                   reasoning tag left open, a tool call without its result
     consistency   roles out of order, an answer in another script than its prompt (translations left out)
-    safety        e-mail address, secret key, card number, listed word, contamination or personal data that a step noted
+    safety        e-mail address, secret key, card number, listed word, an overlap that `decontaminate` noted
 
 Words are runs between white space, and each ideograph or kana by itself. The language is the note of the `language`
 step; without it the script. Leaves out what needs a model: whether an answer is true is the judge's to say.
@@ -227,10 +227,8 @@ def _inconsistent(record: Record, asked: str, said: str, task: str) -> Iterator[
 def _unsafe(item: Item, detect: Detector | None) -> Iterator[str]:
     text = whole(item.record)
     yield from (detect or left_behind)(text)
-    if item.notes.get("contamination"):
+    if item.notes.get("overlap"):
         yield "overlaps an evaluation set"
-    if item.notes.get("pii"):
-        yield "personal data noted by a step"
 
 
 def left_behind(text: str) -> Iterator[str]:
