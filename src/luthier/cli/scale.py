@@ -58,7 +58,7 @@ def build_elsewhere(
         setup=where["slurm_setup"], arguments=where["slurm_arg"],
     )  # fmt: skip
     if where["on"] != "slurm":
-        return build(spec, place, None, show, scale.TaskCrew(cluster, place))
+        return build(spec, place, None, show, scale.crew_of(cluster, place))
     slurm = _room("slurm")
     if where["number"] is not None:
         slurm.run_pass(spec, place, cluster, where["number"])

@@ -9,8 +9,10 @@ marks: so a run that was killed goes on where it was, with another number of tas
 engine writes the bytes that one process writes. All need one thing of each other: the directory of the build and the
 files of the recipe on a file system that every task sees.
 
-What a task was lost with is done again in this process, so a real fault is raised here as the error that it is.
-Leaves out datatrove's own readers and filters: rows never pass between two steps but through whole files.
+A task that dies ends the build with an error that says so: datatrove's own pool of processes would wait for it for
+ever, so here its tasks run in processes of ours. Ray starts lost tasks again and keeps silent about faults of the rows;
+what its tasks leave undone is done in this process, where a fault is raised as the error that it is. Leaves out
+datatrove's readers and filters: rows never pass between two steps but through whole files.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from luthier.contracts.errors import LuthierError, UsageError
-from luthier.data.crew import Progress, cores
-from luthier.data.passes import Pass
+from luthier.contracts.errors import UsageError
+from luthier.data.build import Runner
+from luthier.data.crew import Crew, Progress, Work, cores
+from luthier.data.passes import Pass, Report
+from luthier.data.stage import Stage
 
 LOGS = Path(".work") / "tasks"
 
@@ -69,23 +72,69 @@ class PassStep(PipelineStep):  # type: ignore[misc]
         self.name = work.title
         super().__init__()
         self.work, self.folder = work, os.getcwd()
+        self.report: Report = _quiet
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        def report(amount: int) -> None:
+            self.stat_update(self.work.measure, value=amount)
+            self.report(amount)
+
         with contextlib.chdir(self.folder):  # the recipe's paths are seen from where it was started
-            self.work.run(rank, world_size, lambda amount: self.stat_update(self.work.measure, value=amount))
+            self.work.run(rank, world_size, report)
         yield from data or ()
 
 
-class TaskCrew:
-    """Runs the passes of a build as tasks of datatrove, where `crew.Crew` would run them in processes of ours."""
+@dataclass(frozen=True)
+class _Ranks:
+    """The tasks of a pass, as a process of the crew takes its share of them."""
+
+    work: Pass
+    executor: LocalPipelineExecutor
+
+    @property
+    def title(self) -> str:
+        return self.work.title
+
+    @property
+    def stage(self) -> Stage:
+        return self.work.stage
+
+    def run(self, rank: int, world: int, report: Report) -> None:
+        self.executor.pipeline[0].report = report
+        for task in range(rank, self.executor.world_size, world):
+            self.executor._run_for_rank(task, task)
+        self.executor.pipeline[0].report = _quiet
+
+
+class LocalTasks(Crew):
+    """Tasks of datatrove in processes of this machine."""
 
     def __init__(self, cluster: Cluster, out: Path) -> None:
-        self.cluster, self.out = cluster, out
-        self.number = 0
+        super().__init__(min(cluster.tasks, cores()))
+        self.cluster, self.out, self.number = cluster, out, 0
 
-    def __enter__(self) -> TaskCrew:
-        if self.cluster.on == "ray":
-            _with_ray()
+    def _do(self, work: Work, world: int, report: Report) -> None:
+        assert isinstance(work, Pass)
+        executor = LocalPipelineExecutor(
+            [PassStep(work)], tasks=self.cluster.tasks_of(work), skip_completed=False,
+            logging_dir=str(logs_of(self.out, self.number, work)),
+        )  # fmt: skip
+        self.number += 1
+        super()._do(_Ranks(work, executor), world, report)
+
+
+class RayTasks(contextlib.AbstractContextManager["RayTasks"]):
+    """Tasks of datatrove on Ray."""
+
+    def __init__(self, cluster: Cluster, out: Path) -> None:
+        self.cluster, self.out, self.number = cluster, out, 0
+
+    def __enter__(self) -> RayTasks:
+        if importlib.util.find_spec("ray") is None:
+            raise UsageError("Ray is not installed", where="--on ray", remedy="pip install ray, here and on its nodes")
+        ray = importlib.import_module("ray")
+        if not ray.is_initialized():  # RAY_ADDRESS names a cluster; without it one is started here
+            ray.init(log_to_driver=False, configure_logging=False)
         return self
 
     def __exit__(
@@ -95,34 +144,24 @@ class TaskCrew:
 
     def run(self, work: Pass, progress: Progress) -> None:
         """All units of a pass; returns when it is complete."""
-        units = work.units()
-        total = sum(work.size(name) for name in units)
+        total = sum(work.size(name) for name in work.units())
         progress(work.title, 0, total, work.measure)
         logs = logs_of(self.out, self.number, work)
         self.number += 1
         if not work.complete():
-            self._executor(work, min(self.cluster.tasks_of(work), max(len(units), 1)), logs).run()
-        if not work.complete():
-            work.run(0, 1)
+            RayPipelineExecutor(
+                [PassStep(work)], tasks=self.cluster.tasks_of(work), logging_dir=str(logs), skip_completed=False,
+                cpus_per_task=self.cluster.cpus_per_task, mem_per_cpu_gb=self.cluster.memory_gb_per_cpu,
+            ).run()  # fmt: skip
+        work.run(0, 1)
         if not work.complete():
             raise AssertionError(f"{work.title}: a unit is not done, and nothing was raised")
         progress(work.title, total, total, work.measure)
 
-    def _executor(self, work: Pass, tasks: int, logs: Path) -> PipelineExecutor:
-        step = [PassStep(work)]
-        if self.cluster.on == "ray":
-            return RayPipelineExecutor(
-                step, tasks=tasks, logging_dir=str(logs), skip_completed=False,
-                cpus_per_task=self.cluster.cpus_per_task, mem_per_cpu_gb=self.cluster.memory_gb_per_cpu,
-            )  # fmt: skip
-        return _Local(step, tasks=tasks, workers=min(tasks, cores()), logging_dir=str(logs), skip_completed=False)
 
-
-class _Local(LocalPipelineExecutor):  # type: ignore[misc]
-    def run(self) -> Any:
-        """A task's own error is raised once all that it left is done or raised again here: see TaskCrew.run."""
-        with contextlib.suppress(LuthierError):
-            return super().run()
+def crew_of(cluster: Cluster, out: Path) -> Runner:
+    """Who runs the passes of a build in `out`."""
+    return RayTasks(cluster, out) if cluster.on == "ray" else LocalTasks(cluster, out)
 
 
 def logs_of(out: Path, number: int, work: Pass) -> Path:
@@ -131,10 +170,5 @@ def logs_of(out: Path, number: int, work: Pass) -> Path:
     return (out / LOGS / f"{number:02d}-{words[:40]}").absolute()
 
 
-def _with_ray() -> None:
-    """Ray, started here where no cluster is named (RAY_ADDRESS)."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("Ray is not installed", where="--on ray", remedy="pip install ray, here and on its nodes")
-    ray = importlib.import_module("ray")
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, configure_logging=False)
+def _quiet(amount: int) -> None:
+    return None
