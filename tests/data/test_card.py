@@ -55,8 +55,19 @@ def chats(path: Path, count: int) -> str:
 
 
 def spec(folder: Path) -> BuildSpec:
-    sources = (DataSource(path=chats(folder / "a.jsonl", 100)), DataSource(path=chats(folder / "b.jsonl", 40)))
+    sources = (
+        DataSource(path=chats(folder / "a.jsonl", 100), weight=1.5),
+        DataSource(path=chats(folder / "b.jsonl", 40)),
+    )
     return BuildSpec(sources, (Sift(share=0.2), ExactDedup(), Figured()), seed=3)
+
+
+def test_a_build_writes_the_card_that_is_made_of_it(tmp_path: Path) -> None:
+    out = build(spec(tmp_path), tmp_path / "out").directory
+    first = contents(out)
+    assert {README, STATS} <= set(first)
+    make_card(out, CardWords())
+    assert contents(out) == first
 
 
 def test_the_same_build_has_the_same_card(tmp_path: Path) -> None:

@@ -193,8 +193,18 @@ def test_parts_join_to_the_whole(made: list[tuple[str, str, str, int]], cuts: li
     rows = [asked(q, a, i, origin, judge=score) for i, (q, a, origin, score) in enumerate(made)]
     joined, edges = Quality(), [0, *sorted(cuts), len(rows)]
     for begin, end in pairwise(edges):
-        joined.join(counted(rows[begin:end]))
+        part = counted(rows[begin:end])
+        joined.join(Quality.from_json(json.loads(json.dumps(part.to_json()))))
     assert json.dumps(report(joined)) == json.dumps(report(counted(rows)))
+
+
+@given(LAW, st.integers(0, 3))
+def test_copies_are_as_many_rows(made: list[tuple[str, str, str, int]], copies: int) -> None:
+    rows = [asked(q, a, i, origin, judge=score) for i, (q, a, origin, score) in enumerate(made)]
+    once, each = Quality(), counted(row for row in rows for _ in range(copies))
+    for row in rows:
+        once.see(row, copies)
+    assert report(once) == report(each)
 
 
 def test_real_sets(shared_data: Callable[[str], Path]) -> None:

@@ -79,7 +79,7 @@ def test_slurm_submits_what_is_left_and_a_broken_chain_goes_on(tmp_path: Path, m
     log.unlink()
     launched = launch(spec, out, SLURM, command)
     asked = log.read_text("utf-8").splitlines()
-    assert len(launched.jobs) == len(launched.scripts) == len(asked) == 3
+    assert len(launched.jobs) == len(launched.scripts) == len(asked) == 4
     assert "--dependency" not in asked[0]
     for at, line in enumerate(asked[1:], 1):
         assert f"--dependency=afterok:{launched.jobs[at - 1]} --kill-on-invalid-dep=yes" in line
@@ -174,15 +174,15 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["data", "build", str(recipe), "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "00 read", "01 exact_dedup: look", "02 exact_dedup: decide (one task)", "03 exact_dedup: write",
-        "04 finish (one task)",
+        "04 quality", "05 finish (one task)",
     ]  # fmt: skip
     words = ["data", "build", str(recipe), "train.seed=5", "--on", "slurm"]
     out = tmp_path / "out dir"
     assert main([*words, "--out", str(out)]) == 2  # no partition
     assert main([*words, "--out", str(out), "--slurm-partition", "cpu", "--tasks", "3", "--dry-run"]) == 0
-    assert "5 jobs, each after the one before: not submitted" in capsys.readouterr().out
+    assert "6 jobs, each after the one before: not submitted" in capsys.readouterr().out
     jobs = [line.split()[-1] for line in (out / SUBMIT).read_text("utf-8").splitlines() if "sbatch" in line]
-    assert len(jobs) == 5 and (out / LAUNCH).exists()
+    assert len(jobs) == 6 and (out / LAUNCH).exists()
     for script in sorted((out / ".work" / "tasks").glob("*/launch_script.slurm")):
         text = script.read_text("utf-8")
         command = shlex.split(text.strip().splitlines()[-1])

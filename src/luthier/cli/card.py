@@ -1,6 +1,7 @@
 """`luthier data report BUILT` and `luthier data card BUILT`: how good a built set is, and its README.
 
-Both count the rows of the set in one pass. The card is the same bytes whenever it is made of the same build.
+A build writes a card itself; here it gets a title, a license, rows to show. It is the same bytes whenever it is made
+of the same build.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ def report(built: Path, words: Path | None, as_json: bool) -> None:
 
 @click.command("card")
 @click.argument("built", type=click.Path(path_type=Path))
-@click.option("--title", help="Default: the directory's name.")
+@click.option("--title", default="Built data set", show_default=True)
 @click.option("--license", "license_", default="unknown", show_default=True, help="Identifier of the hub: mit, ...")
 @click.option("--samples", default=0, show_default=True, type=click.IntRange(0, 100), help="Rows that the card shows.")
-def card(built: Path, title: str | None, license_: str, samples: int) -> None:
-    """Write README.md, as the Hugging Face hub reads it, and stats.json beside the rows."""
+def card(built: Path, title: str, license_: str, samples: int) -> None:
+    """Write README.md anew, as the Hugging Face hub reads it, and stats.json: with a title, a license, some rows."""
     from luthier.data.card import CardWords
     from luthier.data.set_report import make_card
 
-    words = CardWords(title=title or built.resolve().name, license=license_, samples=samples)
+    words = CardWords(title=title, license=license_, samples=samples)
     for path in make_card(built, words):
         click.echo(str(path))
 

@@ -3,6 +3,7 @@
     OUT/train.jsonl     the rows, in the field's own forms (built.py)     OUT/ledger.json   what became of every row
     OUT/manifest.json   what it was made of and by, and the digest of     OUT/rejects.jsonl wrong rows, where they were
                         the rows; written last                                              quarantined
+    OUT/README.md       the card of the set (card.py)                     OUT/stats.json    its figures, quality too
     OUT/.work/          stages under way (gone at the end), caches of steps (kept: answers of an endpoint cost money)
 
 The build is a list of passes (passes.py); whoever runs them (processes here, tasks of a cluster) gets the same bytes.
@@ -30,7 +31,7 @@ from luthier.contracts.errors import UsageError
 from luthier.contracts.step import Room, RowStep, SetStep, Step
 from luthier.data.applied import name_of
 from luthier.data.crew import Crew, Progress, cores
-from luthier.data.finish import FinishPass
+from luthier.data.finish import CountPass, FinishPass
 from luthier.data.passes import ApplyPass, DecidePass, Pass, Read, RowPass, SketchPass
 from luthier.data.paths import expand, is_hub_id
 from luthier.data.stage import Stage
@@ -114,13 +115,15 @@ def plan(spec: BuildSpec, out: Path, digest: Callable[[str], str] | None = None)
         key = _key(key, *(_said(step, spec, digest) for step in group))
         name = name_of(group[0]) + (f"-and-{len(group) - 1}" if len(group) > 1 else "")
         passes += _passes(_stage(out, number, name, key), room, passes[-1], group)
-    weights = {origin: source.weight for _, source, origin in files}
+    weights = tuple(sorted({origin: source.weight for _, source, origin in files}.items()))
+    rows, counts = passes[-1], _stage(out, len(passes), "quality", _key(key, "quality", weights))
+    counted = CountPass(counts, room, rows, weights)
     about = {
         "key": _key(key, "finish"), "luthier": version("luthier"), "code": code(), "seed": spec.seed,
         "bad_rows": spec.bad_rows, "inputs": inputs, "sources": [source.model_dump() for source in spec.sources],
         "steps": [_said(step, spec, digest) for step in spec.steps],
     }  # fmt: skip
-    return [*passes, FinishPass(Stage(out), room, passes[-1], tuple(passes), tuple(sorted(weights.items())), about)]
+    return [*passes, counted, FinishPass(Stage(out), room, rows, tuple(passes), weights, counted, about)]
 
 
 def sweep(out: Path, passes: Sequence[Pass]) -> None:

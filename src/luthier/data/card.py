@@ -38,14 +38,15 @@ _SHOWN = 20  # lines of a table of counts
 class CardWords:
     """What no file of the build says."""
 
-    title: str = "Built set"
+    title: str = "Built data set"
     license: str = "unknown"
     samples: int = 0
 
 
 def card_facts(manifest: Mapping[str, Any], ledger: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
     """stats.json: all that the card says, in numbers."""
-    return {"manifest": dict(manifest), "ledger": dict(ledger), "quality": dict(quality)}
+    ordered = [json.loads(json.dumps(part, sort_keys=True)) for part in (manifest, ledger)]  # as they lie on disk
+    return {"manifest": ordered[0], "ledger": ordered[1], "quality": dict(quality)}
 
 
 def write_card(directory: Path, facts: Mapping[str, Any], words: CardWords, samples: Sequence[Item] = ()) -> None:

@@ -22,11 +22,13 @@ from luthier.data.row_facts import DIMENSIONS, Detector, Facts, chat_of, facts
 from luthier.data.sketches import Lengths, Smallest, count, join_counts, key
 from luthier.data.texts import answer
 
-SAMPLE = 2000  # rows whose words are looked at: distinct n-grams, verbs and objects, topics
+SAMPLE = 1000  # rows whose words are looked at: distinct n-grams, verbs and objects, topics
 HELD = 65536  # prompts, answers and rows that are told apart exactly; beyond them counts are estimates within 0.4 %
 _EXAMPLES = 5
-_PROMPT_HELD, _ANSWER_HELD = 600, 1500  # characters
+_PROMPT_HELD, _ANSWER_HELD = 400, 1000  # characters
 _SCORES = 100  # notes that are numbers are counted in hundredths
+
+_COUNTS = ("kinds", "origins", "languages", "tasks", "shapes", "faulty")
 
 Answered = tuple[int, frozenset[int]]  # rows of a prompt; at most two of its different answers, by digest
 
@@ -53,6 +55,11 @@ def _rejected(item: Item) -> str:
 
 def _both(mine: Answered, other: Answered) -> Answered:
     return mine[0] + other[0], frozenset(sorted(mine[1] | other[1])[:2])
+
+
+def _first(mine: list[str], more: list[str]) -> list[str]:
+    """A place once, however often its row stands in the set."""
+    return mine if len(mine) == _EXAMPLES else list(dict.fromkeys([*mine, *more]))[:_EXAMPLES]
 
 
 def _sum(mine: int, other: int) -> int:
@@ -83,58 +90,58 @@ class Quality:
     wholes: Smallest = field(default_factory=lambda: Smallest(HELD, _sum))
     sample: Smallest = field(default_factory=lambda: Smallest(SAMPLE))
 
-    def see(self, item: Item) -> None:
-        """Count one row."""
+    def see(self, item: Item, copies: int = 1) -> None:
+        """Count one row that stands so often in the set."""
+        if not copies:
+            return
         found = facts(item, self.detect)
-        self.rows += 1
-        self.refusals += found.refusal
+        self.rows += copies
+        self.refusals += copies * found.refusal
         for counts, name in (
             (self.kinds, found.kind), (self.origins, item.origin), (self.languages, found.language),
             (self.tasks, found.task), *((self.shapes, name) for name in found.shape),
         ):  # fmt: skip
-            count(counts, name)
-        self._measure(found)
-        self._compare(item, found)
-        self._fault(item, found)
+            count(counts, name, copies)
+        self._measure(found, copies)
+        self._compare(item, found, copies)
+        self._fault(item, found, copies)
         for name, value in item.notes.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                self.scores.setdefault(name, Lengths()).add(round(value * _SCORES))
+                self.scores.setdefault(name, Lengths()).add(round(value * _SCORES), copies)
 
-    def _measure(self, found: Facts) -> None:
+    def _measure(self, found: Facts, copies: int) -> None:
         sizes = {"prompt words": found.prompt_words, "answer words": found.answer_words, "turns": found.turns}
         if self.tokens:
             sizes |= {"prompt tokens": self.tokens(found.prompt), "answer tokens": self.tokens(found.answer)}
         for name, size in sizes.items():
-            self.lengths.setdefault(name, Lengths()).add(size)
+            self.lengths.setdefault(name, Lengths()).add(size, copies)
 
-    def _compare(self, item: Item, found: Facts) -> None:
+    def _compare(self, item: Item, found: Facts, copies: int) -> None:
         asked, said = " ".join(found.prompt.split()), " ".join(found.answer.split())
         answered = key("answer", said)
         if asked:
-            self.prompts.add(key("prompt", asked, _declared(item)), (1, frozenset((answered,))))
-        self.answers.add(answered, 1)
+            self.prompts.add(key("prompt", asked, _declared(item)), (copies, frozenset((answered,))))
+        self.answers.add(answered, copies)
         whole = key("row", asked, said, _rejected(item))
-        self.wholes.add(whole, 1)
+        self.wholes.add(whole, copies)
         place = key(whole, item.record.source.file, item.record.source.line, seed=self.seed)
         if self.sample.wants(place):
             held = Sampled(found.prompt[-_PROMPT_HELD:], found.answer[:_ANSWER_HELD], found.pair)
             self.sample.add(place, held)
 
-    def _fault(self, item: Item, found: Facts) -> None:
+    def _fault(self, item: Item, found: Facts, copies: int) -> None:
         for dimension, faults in found.faults.items():
             if faults:
-                count(self.faulty, dimension)
+                count(self.faulty, dimension, copies)
             for fault in faults:
-                count(self.faults.setdefault(dimension, {}), fault)
-                places = self.places.setdefault(fault, [])
-                if len(places) < _EXAMPLES:
-                    places.append(str(item.record.source))
+                count(self.faults.setdefault(dimension, {}), fault, copies)
+                self.places[fault] = _first(self.places.get(fault, []), [str(item.record.source)])
 
     def join(self, other: Quality) -> None:
         """The rows of a later part."""
         self.rows += other.rows
         self.refusals += other.refusals
-        for name in ("kinds", "origins", "languages", "tasks", "shapes", "faulty"):
+        for name in _COUNTS:
             join_counts(getattr(self, name), getattr(other, name))
         for name in ("lengths", "scores"):
             mine: dict[str, Lengths] = getattr(self, name)
@@ -143,9 +150,34 @@ class Quality:
         for dimension, faults in other.faults.items():
             join_counts(self.faults.setdefault(dimension, {}), faults)
         for fault, places in other.places.items():
-            self.places[fault] = (self.places.get(fault, []) + places)[:_EXAMPLES]
+            self.places[fault] = _first(self.places.get(fault, []), places)
         for name in ("prompts", "answers", "wholes", "sample"):
             getattr(self, name).join(getattr(other, name))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, to be joined elsewhere; `from_json` undoes it."""
+        made: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "rows", "refusals", *_COUNTS)}
+        for name in ("lengths", "scores"):
+            made[name] = {what: list(lengths.counts.items()) for what, lengths in getattr(self, name).items()}
+        made |= {"faults": self.faults, "places": self.places}
+        made["prompts"] = [[at, rows, sorted(answers)] for at, (rows, answers) in self.prompts.held.items()]
+        made["answers"], made["wholes"] = list(self.answers.held.items()), list(self.wholes.held.items())
+        made["sample"] = [[at, one.prompt, one.answer, one.pair] for at, one in self.sample.held.items()]
+        return made
+
+    @classmethod
+    def from_json(cls, made: Mapping[str, Any]) -> Quality:
+        quality = cls(**{name: made[name] for name in ("seed", "rows", "refusals", *_COUNTS, "faults", "places")})
+        for name in ("lengths", "scores"):
+            setattr(quality, name, {what: Lengths(dict(counts)) for what, counts in made[name].items()})
+        for at, rows, answers in made["prompts"]:
+            quality.prompts.add(at, (rows, frozenset(answers)))
+        for name in ("answers", "wholes"):
+            for at, rows in made[name]:
+                getattr(quality, name).add(at, rows)
+        for at, *texts in made["sample"]:
+            quality.sample.add(at, Sampled(*texts))
+        return quality
 
     # ------------------------------------------------------------------------------------------- shares
 

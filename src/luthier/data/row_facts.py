@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from luthier.contracts.record import Chat, Judged, Pair, Record, Text
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
 from luthier.contracts.step import Item
 from luthier.data.task_guess import guess
 from luthier.data.texts import answer, prompt, whole
@@ -40,8 +40,10 @@ _SCRIPTS = [  # words of a script that has words, signs of one that has none
     ("he", re.compile(r"[\u0590-\u05ff]+")), ("el", re.compile(r"[\u0370-\u03ff]+")),
     ("th", re.compile(r"[\u0e00-\u0e7f]+")), ("Latin script", re.compile(r"[A-Za-z\u00c0-\u024f]+")),
 ]  # fmt: skip
+_BEYOND_LATIN = re.compile(r"[\u0370-\u1dff\u3040-\ud7af]")
 _READ = 4000  # characters by which a script is told
 _BROKEN = re.compile("\ufffd|[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0098-\u201d\u2122\u0153]")
+_BROKEN_SIGNS = ("\ufffd", "\u00c2", "\u00c3", "\u00e2\u20ac")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _PLACEHOLDER = re.compile(
     r"\W*(?:n/?a|none|null|nan|todo|tbd|no ?(?:out|in)put|no (?:answer|response)|placeholder|undefined|无|没有)\W*",
@@ -60,7 +62,7 @@ _SECRET = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 _SECRET_SIGNS = ("sk-", "ghp_", "AKIA", "AIza", "xox", "-----BEGIN")  # told in a hundredth of the pattern's time
-_CARD = re.compile(r"\d(?:[ -]?\d){12,18}")
+_CARD = re.compile(r"\d{4}(?:[ -]?\d){9,15}")
 
 Detector = Callable[[str], Iterator[str]]  # text -> names of what should not stand in it
 
@@ -117,7 +119,7 @@ def word_list(text: str) -> list[str]:
 def script(text: str) -> str:
     """The script most words are of, or the one language that is written in it; "none" without letters."""
     seen = text[:_READ]
-    if seen.isascii():
+    if seen.isascii() or not _BEYOND_LATIN.search(seen):
         return "Latin script" if _SCRIPTS[-1][1].search(seen) else "none"
     counts = {name: len(letters.findall(seen)) for name, letters in _SCRIPTS}
     if counts["ja"] * 4 > counts["zh"]:  # kana: the ideographs beside them are Japanese
@@ -163,7 +165,7 @@ def _shape(record: Record, said: str) -> Iterator[str]:
 
 
 def _incorrect(asked: str, said: str) -> Iterator[str]:
-    if any(not text.isascii() and _BROKEN.search(text) for text in (said, asked)):
+    if any(not text.isascii() and _broken(text) for text in (said, asked)):
         yield "broken characters"
     if _CONTROL.search(said) or _CONTROL.search(asked):
         yield "control characters"
@@ -175,26 +177,32 @@ def _incorrect(asked: str, said: str) -> Iterator[str]:
         yield "the answer repeats itself"
 
 
+def _broken(text: str) -> bool:
+    """The signs first: a pattern that begins with a class is slow where nothing matches."""
+    return any(sign in text for sign in _BROKEN_SIGNS) and bool(_BROKEN.search(text))
+
+
 def _repeats(said: str) -> bool:
     if len(said) < 80:
         return False
     tokens = word_list(said)
-    if len(tokens) < 40:
-        return False
     grams = len(tokens) - 3
+    if grams < 37 or (len(set(tokens)) - 3) * 4 >= grams:  # a word that is new begins a 4-gram that is new
+        return False
     return len(set(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))) * 4 < grams
 
 
 def _incomplete(record: Record, asked: str, said: str) -> Iterator[str]:
     chat = chat_of(record)
     called = bool(chat and chat.messages and chat.messages[-1].get("tool_calls"))
-    if not said.strip() and not called:
+    answers = isinstance(record, Chat | Completion | Pair | Judged)
+    if answers and not said.strip() and not called:
         yield "no answer"
-    if not isinstance(record, Text) and not asked.strip():
+    if answers and not asked.strip():
         yield "no prompt"
     if chat and chat.messages and chat.messages[-1]["role"] != "assistant":
         yield "the last turn is no answer"
-    if words(said) >= 8 and _CUT.search(said.rstrip()[-24:]) and not isinstance(record, Text):
+    if answers and len(said) >= 40 and _CUT.search(said.rstrip()[-24:]):
         yield "an answer cut off"
     if said.count("```") % 2:
         yield "a code block left open"
@@ -217,7 +225,7 @@ def _inconsistent(record: Record, asked: str, said: str, task: str) -> Iterator[
         late = len(spoken) < len(roles) and roles[0] in spoken  # a system prompt that does not come first
         if twice or late or spoken[:1] in (["assistant"], ["tool"]):
             yield "roles out of order"
-    if isinstance(record, Text) or task in ("translation", "code") or len(said) < 24 or len(asked) < 24:
+    if task in ("text", "translation", "code") or len(said) < 24 or len(asked) < 24:
         return
     mine, other = script(said), script(asked[-_READ:])
     if mine != other and "none" not in (mine, other):

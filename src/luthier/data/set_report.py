@@ -24,9 +24,18 @@ from luthier.data.topics import Embed
 
 
 def set_report(built: Path, words: Path | None = None, embed: Embed | None = None) -> dict[str, Any]:
-    """The quality report of a built set; of a file of rows by itself without what only the ledger knows."""
+    """The quality report of a built set; of a file of rows by itself without what only the ledger knows.
+
+    What a build has counted is not counted again: stats.json, where it is of this manifest.
+    """
+    if built.is_dir() and words is None and embed is None and (built / STATS).exists():
+        stats = facts_file(built, STATS)
+        if stats["manifest"] == facts_file(built, MANIFEST):
+            made: dict[str, Any] = stats["quality"]
+            return made
     phrases = frozenset(words.read_text("utf-8").split("\n")) - {""} if words else frozenset()
-    quality = counted((row.item for row in built_rows(built)), Quality(detect=listed(phrases) if phrases else None))
+    detect = listed(phrases) if phrases else None
+    quality = counted((row.item for row in built_rows(built)), Quality(detect=detect))
     if not (built.is_dir() and (built / LEDGER).exists()):
         return report(quality, embed=embed)
     return _reported(quality, facts_file(built, LEDGER), embed)
@@ -40,8 +49,9 @@ def make_card(built: Path, words: CardWords, embed: Embed | None = None) -> list
         seen = f"{size} bytes of {manifest['output']['bytes']}"
         raise DataError("the rows are not those that the manifest seals", where=str(rows_file(built)), value=seen,
                         remedy="build the set again")  # fmt: skip
-    quality = _reported(counted(row.item for row in built_rows(built)), ledger, embed)
-    write_card(built, card_facts(manifest, ledger, quality), words, _drawn(built, words.samples, manifest["seed"]))
+    quality = counted((row.item for row in built_rows(built)), Quality(seed=manifest["seed"]))
+    facts = card_facts(manifest, ledger, _reported(quality, ledger, embed))
+    write_card(built, facts, words, _drawn(built, words.samples, manifest["seed"]))
     return [built / README, built / STATS]
 
 

@@ -76,8 +76,8 @@ class Lengths:
 
     counts: dict[int, int] = field(default_factory=dict)
 
-    def add(self, length: int) -> None:
-        self.counts[length] = self.counts.get(length, 0) + 1
+    def add(self, length: int, times: int = 1) -> None:
+        self.counts[length] = self.counts.get(length, 0) + times
 
     def join(self, other: Lengths) -> None:
         for length, count in other.counts.items():

@@ -23,8 +23,7 @@ _HAN = re.compile(r"[㐀-鿿]")
 _CODE = re.compile(
     r"```|\b(?:python|javascript|typescript|java|sql|html|css|c\+\+|golang|rust|bash|regex|regular expression|"
     r"function that|unit test|source code|write (?:a |the )?(?:code|program|script|query))\b"
-    r"|def \w+\(|#include|SELECT .+ FROM",
-    re.IGNORECASE,
+    r"|def \w+\(|#include|select .+ from "
 )
 _MATHS = re.compile(r"\$[^$]*\\|\\(?:frac|sqrt|int|sum)|\d\s*[-+*/^=×÷]\s*\(?\d|\bx\^\d")
 _HOW_MANY = re.compile(
@@ -55,12 +54,13 @@ def guess(question: str) -> Task:
     asked = question[:_READ].strip()
     if len(_HAN.findall(asked[:200])) * 4 > len(asked[:200]):
         return _chinese(asked)
-    words = _WORD.findall(asked.lower()[:600])
+    lowered = asked.lower()
+    words = _WORD.findall(lowered[:240])
     verb, thing = _verb(words)
     task = _TASK_OF.get(verb, "other")
-    if _CODE.search(asked):
+    if _CODE.search(lowered):
         task = "code"
-    elif _counts(asked.lower(), task):
+    elif _counts(lowered, task):
         task = "mathematics"
     return Task(task, verb, "" if _TASK_OF.get(verb) == "question answering" else thing)
 
