@@ -15,6 +15,7 @@ from luthier.contracts.step import Step
 from luthier.data.build import BuildSpec, Built, build
 from luthier.data.crew import Progress
 from luthier.data.paths import expand
+from luthier.data.sources import resolved
 from luthier.evaluation.reward import RewardScorer
 from luthier.models.load import load_text
 from luthier.opened import open_target
@@ -47,7 +48,7 @@ def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
         raise RecipeError("a source has a weight, and the mixture says shares too", where="data.train", value=weighted,
                           remedy="keep one: weight of sources, or data.mix")  # fmt: skip
     held = recipe.data.eval if isinstance(recipe.data.eval, tuple) else recipe.evaluate.on or ()
-    evaluation = tuple(path for source in held for path in expand(source.path, source.split))
+    evaluation = tuple(path for source in resolved(held)[0] for path in expand(source.path, source.split))
     counts = any(step.counts_tokens for step in steps)
     return BuildSpec(
         recipe.data.train, steps, recipe.train.seed, recipe.data.bad_rows, evaluation,

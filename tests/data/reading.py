@@ -9,7 +9,7 @@ from luthier.contracts.record import Piece, Record, Sample
 from luthier.data.prepare import Prepared, prepare
 from luthier.recipe.recipe import DataSection, DataSource
 
-ALL_KINDS = ("Chat", "Completion", "Text", "Pair", "Judged")
+ALL_KINDS = ("Chat", "Completion", "Text", "Pair", "Judged", "Prompt", "Stepwise", "Segments", "Tokens")
 
 
 class Stamp:

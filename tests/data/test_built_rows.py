@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Source, Text
+from luthier.contracts.record import (
+    Chat,
+    Completion,
+    Judged,
+    Pair,
+    Prompt,
+    Record,
+    Segments,
+    Source,
+    Stepwise,
+    Text,
+    Tokens,
+)
 from luthier.contracts.step import Item
 from luthier.data import built
 from luthier.data.detect import records
@@ -31,7 +43,9 @@ OTHER = Chat(({"role": "user", "content": "q"}, {"role": "assistant", "content":
 RECORDS: list[Record] = [
     TALK, ASKED, Completion("p", " c", AT), Text("t\u2028u", AT), Pair(ASKED, OTHER, AT, 0.5),
     Pair(Completion("p", "c", AT), Completion("p", "d", AT), AT), Judged(ASKED, False, AT),
-    Judged(Completion("p", "c", AT), True, AT),
+    Judged(Completion("p", "c", AT), True, AT), Prompt(AT, ({"role": "user", "content": "q"},), None, TALK.tools, {}),
+    Prompt(AT, None, "what?", None, {"answer": "42"}), Stepwise("p", ("a", "b"), (True, False), AT),
+    Segments((("q", False), ("a", True)), AT),
 ]  # fmt: skip
 
 
@@ -42,7 +56,7 @@ def test_there_and_back(record: Record, tmp_path: Path) -> None:
     assert line.count(b"\n") == 1 and built.item(json.loads(line)) == item
     path = tmp_path / "train.jsonl"
     path.write_bytes(line)
-    (read,) = records(read_rows(str(path), _never), _never)
+    (read,) = records(read_rows(str(path), _never), _never, "prompt_only" if isinstance(record, Prompt) else None)
     assert read == record  # the ordinary reader, the formats found by their columns, and the place it first came from
 
 
@@ -50,6 +64,21 @@ def test_words_of_a_record() -> None:
     assert spoken(TALK)[2:5] == [("assistant", "hm"), ("assistant", "mail me"), ("tool", "r")]
     assert (prompt(ASKED), answer(ASKED), answer(Text("t", AT))) == ("q", "good", "t")
     assert [text for _, text in spoken(Pair(ASKED, OTHER, AT))] == ["q", "good", "bad"]
+    assert spoken(Stepwise("p", ("a", "b"), (True, False), AT)) == [
+        ("user", "p"),
+        ("assistant", "a"),
+        ("assistant", "b"),
+    ]
+    assert (prompt(Segments((("q", False), ("a", True)), AT)), answer(Prompt(AT, None, "q"))) == ("q", "")
+
+
+def test_token_ids_have_no_words_and_say_so() -> None:
+    ids, asked = Tokens((1, 2), (-100, 2), AT), Prompt(AT, None, "p", None, {"completion": "c", "text": "t"})
+    assert built.item(json.loads(built.line(Item(asked)))) == Item(asked)
+    assert built.item(json.loads(built.line(Item(ids)))) == Item(ids)
+    for look in (spoken, answer, lambda record: rewritten(record, lambda text, role: text)):
+        with pytest.raises(DataError, match=r"no words.*here\.jsonl:7"):
+            look(ids)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)

@@ -164,7 +164,8 @@ def test_unknown_columns_are_listed(row: dict[str, Any], says: str) -> None:
 
 
 def test_every_format_is_found_by_its_file() -> None:
-    names = ["preference", "unpaired", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    names = ["tokens", "preference", "stepwise", "unpaired", "segments", "messages", "sharegpt", "alpaca",
+             "query_response", "prompt_completion", "prompt_only", "text"]  # fmt: skip
     assert [item.NAME for item in known()] == names
     assert named("alpaca").NAME == "alpaca"
     with pytest.raises(DataError, match="did you mean sharegpt"):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
+from luthier.data.bytestream import lines
 from luthier.data.paths import expand
 from luthier.data.source import read_rows
 
@@ -168,6 +169,9 @@ CUT: dict[str, Callable[[Path], Any]] = {
     "latin1.json": lambda path: path.write_bytes('[\n{"text": "\xe9"}]'.encode("latin-1")),
     "word.json": lambda path: path.write_text("hello"),
     "twice.csv": lambda path: path.write_text("a,a\n1,2\n"),
+    "squeezed.jsonl": lambda path: path.write_bytes(gzip.compress(jsonl(ROWS))),
+    "table.jsonl": write_parquet,
+    "zip.json": lambda path: path.write_bytes(b"PK\x03\x04....."),
     "unknown.xyz": lambda path: path.write_text("a"),
 }
 
@@ -205,6 +209,31 @@ def test_csv_rows_of_other_width_are_bad(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1,2\n1,2,3\n1\n")
     rows, bad = everything(tmp_path / "a.csv")
     assert len(rows) == 1 and [str(error.where)[-1] for error in bad] == ["3", "4"]
+
+
+def test_bad_bytes_quotes_and_long_lines_of_a_table_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'a,b\n1,2\n"x"y,2\ncaf\xe9,2\n"q\xff\nr",3\n3,4\na\0b,2\n')
+    rows, bad = everything(path)
+    assert [line for _, line in rows] == [2, 7]
+    assert [str(error.where).removeprefix(f"{path}:") for error in bad] == ["3", "4:4", "5:3", "8"]
+    path.write_bytes(b"caf\xe9,b\n1,2\n")
+    with pytest.raises(DataError, match=r"a\.csv:1:4"):
+        everything(path)
+    path.write_bytes(b"a,b\n1," + b"x" * (9 * 2**20) + b"\n1,2\n")
+    with pytest.raises(DataError, match=r"longer than .*a\.csv:2"):
+        everything(path)
+
+
+def test_bad_documents_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ncaf\xe9\nmore\n\n" + b"x" * (9 * 2**20) + b"\n\n\n two\n three \n\n\x00\n")
+    rows, bad = everything(path)
+    assert rows == [({"text": "one"}, 1), ({"text": " two\n three"}, 9)]
+    assert [str(error.where).removeprefix(f"{path}:") for error in bad] == ["3:4", "6", "12"]
+    path.write_bytes(b"\n one\ntwo\xff\nthree\n\n")
+    rows, bad = everything(path)
+    assert rows == [({"text": " one"}, 2), ({"text": "three"}, 4)] and str(bad[0].where) == f"{path}:3:4"
 
 
 def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +310,25 @@ def test_mutated_files_never_give_a_traceback(tmp_path: Path, data: st.DataObjec
         assert str(path) in failed.line() and failed.remedy
     elif name == "a.jsonl":
         assert sum(counted) == sum(bool(line.strip(b" \t\r")) for line in bytes(content).split(b"\n"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.binary(max_size=30) | st.sampled_from([b"\r", b"\xef\xbb\xbf", b""]), max_size=12), st.integers(1, 50)
+)
+def test_lines_in_blocks_are_the_lines_of_the_file(tmp_path: Path, parts: list[bytes], block: int) -> None:
+    """Against the plain reading of the whole file, whatever the size of a block; too long a line is None."""
+    content, cap = b"\n".join(parts), 12
+    if content[:4].count(b"\0") or content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    wanted, start = [], 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        text = line.removesuffix(b"\r")
+        text = text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text
+        wanted.append((number, start, text if len(text) <= cap else None, start + len(line) < len(content)))
+        start += len(line) + 1
+    if not content.split(b"\n")[-1]:
+        wanted.pop()
+    assert [tuple(line) for line in lines(str(path), cap, block)] == wanted

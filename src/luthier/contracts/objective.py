@@ -44,7 +44,7 @@ class Objective:
     """Base of every objective; a frozen dataclass whose fields are its recipe section."""
 
     paper: ClassVar[str] = ""
-    records: ClassVar[tuple[str, ...]] = ("Chat", "Completion", "Text")  # record kinds it can train on
+    records: ClassVar[tuple[str, ...]] = ("Chat", "Completion", "Text", "Segments", "Tokens")  # what it can train on
     roles: ClassVar[frozenset[str]] = frozenset()  # models needed besides the policy, e.g. {"reference"}
     learning_rate_share: ClassVar[float] = 1.0  # of the method's default rate, where the recipe gives none
     reads: ClassVar[str] = "logprobs"  # or "scores": a score head on the last token of each sequence

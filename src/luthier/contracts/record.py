@@ -1,6 +1,6 @@
 """Rows on their way from a file to a batch.
 
-    raw dict + Source  ->  Record (Chat | Completion | Text | Pair | Judged)  ->  Sample (token pieces)  ->  Batch
+    raw dict + Source  ->  Record (Chat | Completion | Text | Pair | ...)  ->  Sample (token pieces)  ->  Batch
 
 Each step keeps the `Source`, so that a loss spike, a dropped row or a failed check always leads back
 to `file:line`. A `Sample` is a small forest: SFT rows are one root piece; a preference pair is a prompt
@@ -82,7 +82,48 @@ class Judged:
     source: Source
 
 
-Record = Chat | Completion | Text | Pair | Judged
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question without an answer: `messages` that end with what is asked, or `text` (raw, no chat template).
+
+    `columns` are the row's other columns as they are, such as a reference answer: what rewards are computed from.
+    """
+
+    source: Source
+    messages: Sequence[Mapping[str, Any]] | None = None
+    text: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepwise:
+    """A prompt, the steps of one solution in order, and whether each step is right (process supervision)."""
+
+    prompt: str
+    steps: Sequence[str]
+    labels: Sequence[bool]
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """One text in pieces (text, trained), no chat template: nothing is added, not even a bos or a stop token."""
+
+    segments: Sequence[tuple[str, bool]]
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids with the mask as given: `labels[i]` is the id itself where it is trained, -100 where it is not."""
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    source: Source
+
+
+Record = Chat | Completion | Text | Pair | Judged | Prompt | Stepwise | Segments | Tokens
 
 
 @dataclass(frozen=True, slots=True)

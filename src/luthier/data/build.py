@@ -34,6 +34,7 @@ from luthier.data.crew import Crew, Progress, cores
 from luthier.data.finish import CountPass, FinishPass
 from luthier.data.passes import ApplyPass, DecidePass, Pass, Read, RowPass, SketchPass
 from luthier.data.paths import expand, is_hub_id
+from luthier.data.sources import resolved
 from luthier.data.stage import Stage
 from luthier.disk.lock import hold
 from luthier.recipe.recipe import DataSource
@@ -102,7 +103,7 @@ def plan(spec: BuildSpec, out: Path, digest: Callable[[str], str] | None = None)
     _refuse_foreign(out)
     files = tuple(
         (path, source, source.name or origin_of(source.path))
-        for source in spec.sources
+        for source in resolved(spec.sources)[0]
         for path in expand(source.path, source.split)
     )
     room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline, spec.scorer)
@@ -244,7 +245,7 @@ def _key(*parts: Any) -> str:
 
 
 def _workers(spec: BuildSpec) -> int:
-    paths = [Path(path) for source in spec.sources for path in expand(source.path, source.split)]
+    paths = [Path(path) for source in resolved(spec.sources)[0] for path in expand(source.path, source.split)]
     size = sum(path.stat().st_size for path in paths if path.is_file())
     return max(1, min(cores(), size // _BYTES_PER_WORKER))
 

@@ -11,19 +11,26 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from luthier.contracts.errors import DataError
 
-MAX_LINE_BYTES = 16 * 2**20
-MAX_FILE_BYTES = 2 * 2**30  # of a format that has to be read whole (a JSON array)
+MAX_LINE_BYTES = 8 * 2**20
 _CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
+_MAGIC = {
+    b"\x1f\x8b": ("compressed by gzip", "let its name end in .gz behind the ending of its rows, as in rows.jsonl.gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "let its name end in .zst behind that of its rows"),
+    b"PAR1": ("Parquet", "let its name end in .parquet"),
+    b"ARRO": ("Arrow", "let its name end in .arrow"),
+    b"PK\x03\x04": ("a zip archive", "unpack it and give the files in it"),
+    b"BZh": ("compressed by bzip2", "unpack it, or compress it by gzip or Zstandard"),
+    b"\xfd7zX": ("compressed by xz", "unpack it, or compress it by gzip or Zstandard"),
+    b"\x89HDF": ("HDF5", "write its rows as JSON Lines or Parquet"),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One physical line without its end; `data` is None when it is longer than the cap."""
 
     number: int
@@ -45,45 +52,61 @@ def open_bytes(path: str) -> BinaryIO:
         raise unreadable(path, error) from error
 
 
-def lines(path: str, cap: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Physical lines; a UTF-8 byte order mark before the first is taken off."""
-    with open_bytes(path) as stream:
-        number, offset = 0, 0
-        while True:
-            data = _read(path, offset, lambda: stream.readline(cap + 2))
-            if not data:
-                return
-            number, start, size = number + 1, offset, len(data)
-            _refuse_utf16(path, data if number == 1 else b"")
-            whole: bytes | None = data
-            if len(data) == cap + 2 and not data.endswith(b"\n"):
-                whole, data = None, b""
-                while not data.endswith(b"\n"):
-                    data = _read(path, offset + size, lambda: stream.readline(_CHUNK))
-                    size += len(data)
-                    if not data:
-                        break
-            offset += size
-            if whole is not None:
-                whole = whole.removesuffix(b"\n").removesuffix(b"\r")
-                if number == 1:
-                    whole = whole.removeprefix(BOM)
-                whole = None if len(whole) > cap else whole
-            yield Line(number, start, whole, data.endswith(b"\n"))
+def lines(path: str, cap: int = MAX_LINE_BYTES, block: int = _CHUNK) -> Iterator[Line]:
+    """Physical lines; a UTF-8 byte order mark before the first is taken off. `block`: bytes read at once."""
+    number, start = 0, 0
+    open_line, passed = b"", 0  # the line whose end is not read yet; how much of it was passed over
+    for data in chunks(path, block):
+        first, *others = data.split(b"\n")
+        if not others and passed:
+            passed += len(first)
+            continue
+        open_line += first if not passed else b""
+        passed += len(first) if passed else 0
+        if not others:
+            if len(open_line) > cap + len(BOM) + 1:
+                open_line, passed = b"", len(open_line)
+            continue
+        *whole, last = others
+        number += 1
+        yield Line(number, start, None if passed else _whole(open_line, number, cap), True)
+        start += (passed or len(open_line)) + 1
+        for line in whole:
+            number += 1
+            yield Line(number, start, _whole(line, number, cap), True)
+            start += len(line) + 1
+        open_line, passed = last, 0
+    if open_line or passed:
+        yield Line(number + 1, start, None if passed else _whole(open_line, number + 1, cap), False)
 
 
-def read_all(path: str) -> bytes:
-    """The whole file, without its byte order mark; refused over the cap."""
+def _whole(line: bytes, number: int, cap: int) -> bytes | None:
+    line = line.removesuffix(b"\r")
+    if number == 1:
+        line = line.removeprefix(BOM)
+    return line if len(line) <= cap else None
+
+
+def chunks(path: str, size: int = _CHUNK) -> Iterator[bytes]:
+    """The uncompressed content piece by piece, with its byte order mark if it has one."""
     with open_bytes(path) as stream:
-        data = _read(path, 0, lambda: stream.read(MAX_FILE_BYTES + 1))
-    if len(data) > MAX_FILE_BYTES:
-        raise DataError(
-            f"a JSON array is read whole and may not exceed {MAX_FILE_BYTES} bytes",
-            where=path,
-            remedy="write it as JSON Lines, one object per line (.jsonl)",
-        )
-    _refuse_utf16(path, data)
-    return data.removeprefix(BOM)
+        head = _read(path, 0, lambda: stream.read(4))  # enough to know the encoding by
+        _refuse_other(path, head)
+        offset = len(head)
+        if head:
+            yield head
+        read = getattr(stream, "read1", stream.read)  # what a compressed stream has ready, up to its damage
+        while data := _read(path, offset, lambda: read(size)):
+            offset += len(data)
+            yield data
+
+
+def not_utf8(place: str, byte: int, offset: int) -> DataError:
+    """The error of a byte that begins no character; `offset` counts bytes of the uncompressed file."""
+    return DataError(
+        "not UTF-8", where=place, value=f"byte 0x{byte:02x} at byte {offset} of the file",
+        remedy="convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW (or the encoding it has)",
+    )  # fmt: skip
 
 
 def unreadable(path: str, error: Exception) -> DataError:
@@ -115,13 +138,18 @@ def _read(path: str, offset: int, read: Any) -> bytes:
         raise unreadable(path, error) from error
 
 
-def _refuse_utf16(path: str, head: bytes) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[1:4:2] == b"\0\0":
+def _refuse_other(path: str, head: bytes) -> None:
+    """What is no text, told by its first bytes."""
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    if marked or head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0":
         raise DataError(
             "the file is UTF-16 (or UTF-32), not UTF-8",
             where=f"{path}:1",
             remedy="convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW",
         )
+    for magic, (what, remedy) in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"the file is {what}, and its name says otherwise", where=path, remedy=remedy)
 
 
 class _Zstandard(io.RawIOBase):

@@ -18,7 +18,7 @@ from luthier.data.strict_json import Fault, parse
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
-    "function_response": "tool",
+    "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
 _BEFORE: dict[str, set[str | None]] = {  # role -> what may stand before it
     "system": {None},
@@ -27,8 +27,10 @@ _BEFORE: dict[str, set[str | None]] = {  # role -> what may stand before it
     "assistant": {"user", "tool"},
     "tool": {"call", "tool"},
 }
+_CALLS = ("tool_call", "function_call")  # roles of turns whose content is the JSON of a call
+# Classes that rows really have stand before the abstract ones, which are slow to ask.
+OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
-_REASONING = ("reasoning_content", "reasoning")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -42,20 +44,25 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else "an empty text" if value == "" else type(value).__name__
 
 
-def chat(messages: Any, source: Source, *, tools: Any = None, field: str = "messages") -> Chat:
-    """A Chat from messages of role and content (and tool_calls, weight, ...), or the first thing wrong."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+def chat(
+    messages: Any, source: Source, *, tools: Any = None, field: str = "messages", answered: bool = True
+) -> Chat:  # fmt: skip
+    """A Chat from messages of role and content (and tool_calls, weight, ...), or the first thing wrong.
+
+    `answered`: it must end with an answer; else it must end with what is asked.
+    """
+    if not isinstance(messages, LIST) or isinstance(messages, str) or not messages:
         raise wrong("there are no messages", source, field, value=kind_of(messages),
                     remedy='a list of {"role", "content"}')  # fmt: skip
     made, weights = [], []
-    for index, message in enumerate(messages):
+    for index, message in _with_calls(messages, source, field):
         place = f"{field}[{index}]"
-        if not isinstance(message, Mapping):
+        if not isinstance(message, OBJECT):
             raise wrong("a message is not an object", source, place, value=kind_of(message),
                         remedy='{"role": "user", "content": "…"}')  # fmt: skip
         made.append(_message(message, source, place))
         weights.append(weight_of(message, source, place))
-    check_order(made, source, field)
+    check_order(made, source, field, answered=answered)
     kept = weights if any(weight is not None for weight in weights) else None
     return Chat(tuple(made), source, tools=tool_list(tools, source), weights=tuple(kept) if kept else None)
 
@@ -65,12 +72,13 @@ def role_of(value: Any, source: Source, place: str) -> str:
     if isinstance(value, str) and value in ROLES:
         return ROLES[value]
     seen = repr(value[:40]) if isinstance(value, str) else kind_of(value)
-    raise wrong("unknown role", source, place, value=seen, remedy=f"one of {', '.join(ROLES)}")
+    remedy = f"one of {', '.join(ROLES)}; other names by `role_names` of the source"
+    raise wrong("unknown role", source, place, value=seen, remedy=remedy)
 
 
 def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = False) -> str:
     """A text, or a list of text parts joined; not empty unless it may be."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if not isinstance(value, str) and isinstance(value, LIST):
         value = "".join(_part(part, source, f"{place}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
         raise wrong("not a text", source, place, value=kind_of(value), remedy="write a string")
@@ -82,6 +90,8 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
+    if message.keys().isdisjoint(_WEIGHTS):
+        return None
     for name in _WEIGHTS:
         value = message.get(name)
         if value is None:
@@ -134,7 +144,30 @@ def from_json(value: Any, source: Source, place: str) -> Any:
         raise wrong(f"not JSON ({fault.what})", source, place, remedy=fault.remedy) from fault
 
 
-def check_order(messages: Sequence[Mapping[str, Any]], source: Source, field: str) -> None:
+def turns_cell(value: Any) -> Any:
+    """The turns that a table's cell holds as JSON, `[{"role": …}, …]`; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        turns = parse(value)
+    except Fault:
+        return value
+    whole = isinstance(turns, list) and all(isinstance(t, dict) and ("role" in t or "from" in t) for t in turns)
+    return turns if whole else value
+
+
+def list_cell(value: Any, source: Source, field: str, example: str) -> Sequence[Any]:
+    """A list, also as JSON in a table's cell."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, source, field)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise wrong("not a list", source, field, value=kind_of(value), remedy=example)
+    return value
+
+
+def check_order(
+    messages: Sequence[Mapping[str, Any]], source: Source, field: str, *, answered: bool = True
+) -> None:  # fmt: skip
     """Raises where a turn stands that cannot stand there."""
     before: str | None = None
     for index, message in enumerate(messages):
@@ -146,7 +179,10 @@ def check_order(messages: Sequence[Mapping[str, Any]], source: Source, field: st
             raise wrong(f"a turn of {role} cannot stand {where}", source, f"{field}[{index}].role", value=role,
                         remedy=_order_remedy(role, before))  # fmt: skip
         before = "call" if message.get("tool_calls") else role
-    if before not in ("assistant", "call"):
+    if not answered and before not in ("user", "tool"):
+        raise wrong("a prompt ends with what is asked", source, f"{field}[{len(messages) - 1}].role",
+                    value=str(messages[-1]["role"]), remedy="end with a turn of user or tool")  # fmt: skip
+    if answered and before not in ("assistant", "call"):
         raise wrong("the last turn is not the assistant's, so nothing is learned from it", source,
                     f"{field}[{len(messages) - 1}].role", value=str(messages[-1]["role"]),
                     remedy="end with an answer or take the turn out")  # fmt: skip
@@ -162,10 +198,30 @@ def _order_remedy(role: str, before: str | None) -> str:
     return "system first, then user and assistant in turn"
 
 
+def _with_calls(messages: Sequence[Any], source: Source, field: str) -> list[tuple[int, Any]]:
+    """Numbered messages; turns of role tool_call become calls of one assistant's turn (ms-swift)."""
+    made: list[tuple[int, Any]] = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, OBJECT) or message.get("role") not in _CALLS:
+            made.append((index, message))
+            continue
+        place = f"{field}[{index}].content"
+        calls = from_json(text_of(message.get("content"), source, place), source, place)
+        calls = calls if isinstance(calls, list) else [calls]
+        last = made[-1][1] if made else None
+        if isinstance(last, Mapping) and last.get("role") == "assistant":
+            earlier = from_json(last.get("tool_calls") or [], source, place)
+            made[-1] = (made[-1][0], {**last, "tool_calls": [*earlier, *calls]})
+            continue
+        kept = {name: message[name] for name in _WEIGHTS if name in message}
+        made.append((index, {"role": "assistant", "content": None, "tool_calls": calls, **kept}))
+    return made
+
+
 def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str, Any]:
     role = role_of(message.get("role"), source, f"{place}.role")
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    calls = from_json(calls, source, f"{place}.tool_calls")
+    calls = from_json(calls, source, f"{place}.tool_calls") if calls else calls
     if calls and (role != "assistant" or not isinstance(calls, Sequence)):
         raise wrong("tool calls are a list in an assistant's turn", source, f"{place}.tool_calls",
                     value=kind_of(calls), remedy='[{"type": "function", "function": {…}}]')  # fmt: skip
@@ -181,8 +237,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = next((message[name] for name in _REASONING if message.get(name)), None)
-    if thought is not None:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 

@@ -4,6 +4,7 @@
     Completion  prompt + completion + eos, one text; the completion and the stop token train
     Text        bos (if the tokenizer puts one before raw text) + text + eos; every token but the first trains
     Pair        both texts as above, then one prompt with two leaves (pairs.py); Judged: its answer, and a label
+    Segments    and Tokens: masked exactly as given (given.py)
 
 Overlong rows follow `data.overlong`: a shortened row is a slice of the whole row and its mask the same slice, so no
 token's weight ever depends on a cut. `split` cuts conversations after answers and plain text into windows that share
@@ -22,8 +23,23 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from luthier.contracts.errors import DataError, RecipeError
-from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample, Source, Text
+from luthier.contracts.record import (
+    Chat,
+    Completion,
+    Judged,
+    Pair,
+    Piece,
+    Prompt,
+    Record,
+    Sample,
+    Segments,
+    Source,
+    Stepwise,
+    Text,
+    Tokens,
+)
 from luthier.data import pairs
+from luthier.data.given import segments_row, tokens_row
 from luthier.data.ledger import Dropped
 from luthier.data.mask import Masked, Masker
 from luthier.data.policy import MaskPolicy, message_weights
@@ -103,6 +119,8 @@ class Encoder:
             self._refuse_split()
             (answer,) = pairs.sides(record)
             return [pairs.judged_sample(record, sample) for sample in self.samples(answer)]
+        if isinstance(record, Prompt | Stepwise):
+            raise TypeError(f"{type(record).__name__} is not encoded here: kinds.py refuses it before")
         made: list[Sample] = []
         rows = self._rows(record)
         for tokens_T, weights_T, cuts in rows:
@@ -169,11 +187,15 @@ class Encoder:
                 remedy="use drop, truncate_left, truncate_right or error",
             )  # fmt: skip
 
-    def _rows(self, record: Chat | Completion | Text) -> list[Row]:
+    def _rows(self, record: Chat | Completion | Text | Segments | Tokens) -> list[Row]:
         if isinstance(record, Chat):
             return [self._chat(one) for one in self._per_answer(record)]
         if isinstance(record, Completion):
             return [self._completion(record)]
+        if isinstance(record, Segments):
+            return [(*segments_row(record, self._raw, self.tokenizer.decode), ())]
+        if isinstance(record, Tokens):
+            return [(*tokens_row(record, self.vocabulary.size), ())]
         return [self._text(record)]
 
     def _per_answer(self, chat: Chat) -> list[Chat]:

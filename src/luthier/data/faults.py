@@ -36,7 +36,9 @@ class Faults:
     def raise_all(self) -> None:
         """Nothing where no row is wrong."""
         found: list[DataError] = []
-        for rows in self.reasons.values():
+        files = {file: place for place, file in enumerate(dict.fromkeys(file for _, file, _ in self.reasons))}
+        reasons = [sorted(rows, key=lambda row: row[1].line) for rows in self.reasons.values()]
+        for rows in sorted(reasons, key=lambda rows: (files[rows[0][1].file], rows[0][1].line)):
             found += [error for error, _ in rows] if len(rows) <= _EACH else [_one_for(rows, self.rows >= MOST_ROWS)]
         raise_all(found)
 

@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record
 
-SUPERVISED = ("Chat", "Completion", "Text")
+SUPERVISED = ("Chat", "Completion", "Text", "Segments", "Tokens")
 _SAID = {
     "Chat": "conversations", "Completion": "prompts with one completion", "Text": "plain text",
-    "Pair": "pairs (chosen, rejected)", "Judged": "judged answers (label)",
+    "Segments": "segments with labels", "Tokens": "token ids with labels", "Pair": "pairs (chosen, rejected)",
+    "Judged": "judged answers (label)", "Prompt": "prompts without an answer", "Stepwise": "steps with a label each",
 }  # fmt: skip
 _REMEDY = {
     "Pair": "objective: dpo trains on pairs",
     "Judged": "objective: kto trains on judged answers",
+    "Prompt": "name the column of the answer completion (data.train: {path: …, columns: {completion: answer}})",
+    "Stepwise": "no objective here trains on labelled steps yet",
 }
 
 

@@ -92,6 +92,7 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
 
@@ -107,6 +108,7 @@ class Ledger:
         """The rows of another reading beside these: a file that both read is counted in both."""
         self.accounts += other.accounts
         self.rejects += other.rejects
+        self.notes += [note for note in other.notes if note not in self.notes]
 
     def total(self, name: str) -> int:
         """Sum of a number over the accounts: read, kept, evaluation, samples, tokens, scored_tokens."""
@@ -136,6 +138,7 @@ class Ledger:
             **{name: self.total(name) for name in _COUNTS},
             "reasons": self.reasons,
             "evaluation_rows_also_in_training": self.leaked,
+            **({"notes": self.notes} if self.notes else {}),
             "files": [account.to_json() for account in self.accounts],
             **({"build": self.build} if self.build else {}),
         }
@@ -151,6 +154,7 @@ class Ledger:
             lines.append(f"{self.total('evaluation')} of the kept rows are held out for evaluation")
         if self.leaked:
             lines.append(f"warning: {self.leaked} evaluation rows also stand in the training rows")
+        lines += [f"note: {note}" for note in self.notes]
         for account in self.accounts:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample, Text
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Piece, Record, Sample
 from luthier.data.ledger import Dropped
 
 
@@ -76,7 +76,7 @@ def sides(record: Pair | Judged) -> tuple[Chat | Completion, ...]:
     return one, other
 
 
-def first_text(record: Record) -> Chat | Completion | Text:
+def first_text(record: Record) -> Record:
     """The record that stands for a row where one text is looked at: the chosen side, the judged answer, or itself."""
     return sides(record)[0] if isinstance(record, Pair | Judged) else record
 

@@ -27,10 +27,9 @@ from luthier.contracts.errors import DataError, LuthierError, raise_all
 from luthier.contracts.record import Source
 from luthier.contracts.step import Decision, Item, Room, RowStep, SetStep
 from luthier.data.applied import BATCH, added, batches, cache_name, decided, name_of, rows_through
-from luthier.data.detect import records
 from luthier.data.faults import MOST_REASONS, Faults
 from luthier.data.ledger import Account
-from luthier.data.source import read_rows
+from luthier.data.sources import SourceReader
 from luthier.data.stage import PART_ROWS, Stage, StoredRows
 from luthier.data.tally import Tally
 from luthier.recipe.recipe import DataSource
@@ -137,8 +136,12 @@ class Read(Pass):
             if self.bad_rows != "quarantine":
                 faults.add(error, place)
 
+        def leave_out(reason: str, place: Source) -> None:
+            account.read += 1
+            account.drop(reason, place)
+
         def items() -> Iterator[Item]:
-            for record in records(read_rows(path, bad, split=source.split), bad, source.format):
+            for record in SourceReader(source, self.room.seed).records(path, bad, leave_out):
                 account.read += 1
                 account.kept += 1
                 yield Item(record, origin)

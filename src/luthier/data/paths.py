@@ -1,7 +1,9 @@
 """What a path of the recipe means: the data files behind a file, a directory, a glob, a split; or a hub id.
 
-Files come sorted by name, so that the order of rows does not depend on the file system. A path that leads nowhere is
-an error with the nearest names that exist.
+Files come sorted by name, so that the order of rows does not depend on the file system; those of a directory that
+`datasets` saved (`save_to_disk`, also of several splits) in the order that it says itself (saved.py). Of a directory,
+what describes rows is not read as rows: README, LICENSE, dataset_info.json and the like. `hub:name` is a hub id
+whatever lies here. A path that leads nowhere is an error with the nearest names that exist.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import re
 
 from luthier.contracts.errors import DataError
+from luthier.data.saved import saved_files
 
 ENDINGS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
@@ -19,6 +22,12 @@ ENDINGS = {
 }  # fmt: skip
 _SQUEEZED = (".gz", ".zst", ".zstd")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+_NOT_ROWS = re.compile(
+    r"(readme|license|licence|notice|changelog|sources)(\W.*)?"
+    r"|(dataset_infos?|dataset_dict|state|config|metadata|manifest|fingerprint)\.json",
+    re.IGNORECASE,
+)
+HUB = "hub:"
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -39,11 +48,13 @@ def expand(path: str, split: str | None = None) -> list[str]:
     if os.path.isfile(path):
         found = [path]
     elif os.path.isdir(path):
+        if (saved := saved_files(path, split)) is not None:
+            return saved
         found = [
             os.path.join(folder, name)
             for folder, folders, names in os.walk(path)
             for name in names
-            if kind(name) and not name.startswith(".") and not folders.sort()
+            if kind(name) and not name.startswith(".") and not _NOT_ROWS.fullmatch(name) and not folders.sort()
         ]
         if not found:
             raise DataError("the directory holds no data file", where=path,
@@ -82,6 +93,8 @@ def _of_split(path: str, files: list[str], split: str | None) -> list[str]:
 
 def is_hub_id(path: str) -> bool:
     """`org/name` that is no path here: neither it nor a folder `org` exists."""
+    if path.startswith(HUB):
+        return True
     organisation = path.partition("/")[0]
     return bool(_HUB_ID.match(path)) and not os.path.exists(path) and not os.path.isdir(organisation) and not kind(path)
 
@@ -92,5 +105,7 @@ def _nearest(path: str) -> str:
         names = sorted(os.listdir(folder or "."))
     except OSError:
         return f"the directory {folder} does not exist; paths are relative to {os.getcwd()}"
+    if not folder and "." not in name and not glob.has_magic(name):
+        return f"files have an ending; a name of a dataset_info.json is {{path: …/dataset_info.json, dataset: {name}}}"
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [name for name in names if kind(name)][:3]
     return f"nearest in {folder or '.'}: {', '.join(close)}" if close else f"{folder or '.'} holds no data file"

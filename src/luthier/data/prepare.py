@@ -20,14 +20,13 @@ import numpy as np
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Record, Sample, Source
 from luthier.data.bytestream import open_bytes
-from luthier.data.detect import records
 from luthier.data.faults import Faults
 from luthier.data.kinds import SUPERVISED, check_kind
 from luthier.data.ledger import Account, Dropped, Ledger
 from luthier.data.order import key
 from luthier.data.pack import compact
 from luthier.data.paths import expand, is_hub_id
-from luthier.data.source import read_rows
+from luthier.data.sources import SourceReader, identity, resolved
 from luthier.recipe.recipe import DataSection, DataSource
 
 _IDENTITY = ("eval", "max_tokens", "overlong", "packing", "mask", "bad_rows", "injection")
@@ -80,6 +79,11 @@ class _Bad:
         self.account.read += 1
         self.reject(error, source)
 
+    def leave_out(self, reason: str, source: Source) -> None:
+        """A row that its source does not take: counted, and no fault."""
+        self.account.read += 1
+        self.account.drop(reason, source)
+
     def reject(self, error: DataError, source: Source) -> None:
         """The same for a row that was counted as read before."""
         self.account.reject(error.what, source)
@@ -126,8 +130,8 @@ def prepare(
 def fingerprint(section: DataSection) -> str:
     """sha256 over the contents of the training files and the fields that decide which rows train and how."""
     state = hashlib.sha256()
-    for spec in section.train:
-        state.update(repr((float(spec.weight), spec.format, spec.split)).encode())
+    for spec in resolved(section.train)[0]:
+        state.update(identity(spec).encode())
         for path in expand(spec.path, spec.split):
             state.update(_file_digest(path))
     for name in _IDENTITY:
@@ -153,12 +157,15 @@ class _Reading:
     def rows(self, sources: Sequence[DataSource], use: str) -> list[_Kept]:
         """The kept rows of some sources, each with its samples."""
         kept: list[_Kept] = []
-        for number, spec in enumerate(sources):
+        specs, notes = resolved(sources)
+        self.ledger.notes += notes
+        for number, spec in enumerate(specs):
             row = 0
-            for path in expand(spec.path, spec.split):
+            reader = SourceReader(spec, self.seed)
+            for path in reader.files():
                 account = self.ledger.account(path, use)
                 bad = _Bad(self.section.bad_rows, self.ledger, account, self.faults)
-                for record in records(read_rows(path, bad, split=spec.split), bad, spec.format):
+                for record in reader.records(path, bad, bad.leave_out):
                     account.read += 1
                     row += 1
                     check_kind(record, self.kinds, self.objective)
@@ -173,6 +180,7 @@ class _Reading:
                         account.tokens += copies * sum(sample.length for sample in samples)
                         account.scored_tokens += copies * sum(map(_scored, samples))
                         kept.append(_Kept(record, samples, copies, account))
+            self.ledger.notes += reader.notes
         return kept
 
 
@@ -225,7 +233,7 @@ def _must_have_rows(kept: list[_Kept], ledger: Ledger, use: str, section: DataSe
     reasons = Ledger(accounts).reasons
     said = ", ".join(f"{count} {name}" for name, count in reasons.items()) or "the files hold no row"
     remedy = "give rows" if not read else f"raise data.max_tokens (now {section.max_tokens}) or set data.overlong"
-    if set(reasons) <= {"no trained token", "no token to train"}:
+    if reasons and set(reasons) <= {"no trained token", "no token to train"}:
         remedy = "data.mask says what is trained: its roles, last_turn_only"
     if any(account.rejected for account in accounts):
         remedy = "mend the rows: data.bad_rows strict names them"

@@ -18,10 +18,15 @@ _SUSPECT = re.compile(r"\\u(?:[dD][89abAB]|[dD][c-fC-F]|0000)")
 
 
 class Fault(ValueError):
-    """What is wrong with a JSON text; `position` counts characters from 0."""
+    """What is wrong with a JSON text; `position` counts characters from 0.
 
-    def __init__(self, what: str, position: int, *, remedy: str | None = None, cut: bool = False) -> None:
-        self.what, self.position, self.cut = what, position, cut
+    `cut`: the text ends too early. `sound`: its syntax may be right, so that a reader can go on behind the value.
+    """
+
+    def __init__(
+        self, what: str, position: int, *, remedy: str | None = None, cut: bool = False, sound: bool = False
+    ) -> None:  # fmt: skip
+        self.what, self.position, self.cut, self.sound = what, position, cut, sound
         self.remedy = remedy or "write valid JSON there"
         super().__init__(what)
 
@@ -46,12 +51,12 @@ class Reader:
         except json.JSONDecodeError as error:
             raise _syntax(text, error) from error
         except RecursionError:
-            raise Fault(f"nested deeper than {MAX_DEPTH}", start) from None
+            raise Fault(f"nested deeper than {MAX_DEPTH}", start, sound=True) from None
         except ValueError:  # an integer of more digits than Python converts
-            raise Fault("a number has thousands of digits", start) from None
+            raise Fault("a number has thousands of digits", start, sound=True) from None
         if text.count("{", start, end) + text.count("[", start, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             self._note(f"nested deeper than {MAX_DEPTH}")
-        if _SUSPECT.search(text, start, end):
+        if text.find("\\u", start, end) >= 0 and _SUSPECT.search(text, start, end):
             self._texts(value)
         return value, end
 
@@ -96,11 +101,12 @@ class Reader:
                     self._note("a text holds a lone surrogate (half a character)", "write the character itself")
 
 
-def parse(text: str) -> Any:
-    """The one value that a text is, or Fault."""
-    reader = Reader(text)
+def parse(text: str, reader: Reader | None = None) -> Any:
+    """The one value that a text is, or Fault. A reader that is given is used again: it is costly to make."""
+    reader = reader or Reader("")
+    reader.text = text
     value, end = reader.value(reader.skip(0))
-    rest = reader.skip(end)
+    rest = reader.skip(end) if end != len(text) else end
     if rest != len(text):
         raise Fault(
             "something follows the JSON value", rest, remedy="one object per line, nothing after it (a comma neither)"

@@ -1,6 +1,7 @@
-"""Rows of tables: CSV and TSV (own byte lines, so that faults keep their line), Parquet and Arrow IPC (pyarrow).
+"""Rows of CSV and TSV: a header, then rows; every cell is text and stays text (what a format reads in it: cells.py).
 
-Cells of a CSV are text and stay text. Rows of Parquet and Arrow are numbered from 1.
+Own byte lines below Python's csv reader, so that a row has the physical line it starts on, however many line breaks
+its cells hold. Leaves out: other quoting than RFC 4180's, files without a header.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
-from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines, open_bytes
+from luthier.data.bytestream import MAX_LINE_BYTES, ends_early, lines
+from luthier.data.text_file import decoded
 
-_BATCH_ROWS = 1024
 csv.field_size_limit(MAX_LINE_BYTES)
 
 
@@ -21,67 +22,53 @@ def read_delimited(
     path: str, delimiter: str, on_bad: Callable[[DataError, Source], None]
 ) -> Iterator[tuple[dict[str, Any], Source]]:
     """Header first; a row with more or fewer cells than the header is wrong."""
-    reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    faults: dict[int, DataError] = {}  # lines whose bytes are wrong
+    reader = csv.reader(_decoded(path, faults), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    before = 0
     while True:
-        start = before + 1
+        source, error = Source(path, reader.line_num + 1), None
         try:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                early = ends_early(path, open_bytes_size(path))
-                raise DataError(f"{early.what}: a quoted cell has no end", where=f"{path}:{start}",
-                                remedy='close the quote with ", or ' + str(early.remedy)) from error  # fmt: skip
-            raise DataError(f"not a table of cells ({error})", where=f"{path}:{start}",
-                            remedy='quote cells that hold quotes: "a ""word"""') from error  # fmt: skip
-        before = reader.line_num
-        if not cells or (header is None and not any(cells)):
+        except csv.Error as fault:
+            cells, error = [], _broken(path, source, fault)
+        for number in sorted(faults):
+            error = faults.pop(number)
+        if error is None and (not cells or (header is None and not any(cell.strip() for cell in cells))):
             continue
         if header is None:
-            header = _header(cells, f"{path}:{start}")
+            if error is not None:
+                raise error
+            header = _header(cells, str(source))
             continue
-        source = Source(path, start)
-        if len(cells) != len(header):
-            on_bad(
-                DataError(
-                    "a row has another number of cells than the header",
-                    where=str(source),
-                    value=f"{len(cells)} cells, header {len(header)}",
-                    remedy="quote cells that hold the delimiter or a line break",
-                ),
-                source,
-            )
-        elif any("\0" in cell for cell in cells):
-            on_bad(DataError("a text holds the character U+0000", where=str(source), remedy="remove it"), source)
+        error = error or _row_error(cells, header, source)
+        if error is not None:
+            on_bad(error, source)
         else:
             yield dict(zip(header, cells, strict=True)), source
 
 
-def read_parquet(path: str) -> Iterator[tuple[dict[str, Any], Source]]:
-    """Rows in file order, a batch of them at a time."""
-    pyarrow = _pyarrow(path)
-    import pyarrow.parquet as parquet
+def _broken(path: str, source: Source, fault: csv.Error) -> DataError:
+    """The error of a row that is no cells; raised where a quote without end takes the rest of the file."""
+    if "unexpected end of data" in str(fault):
+        early = ends_early(path, open_bytes_size(path))
+        raise DataError(f"{early.what}: a quoted cell has no end", where=str(source),
+                        remedy='close the quote with ", or ' + str(early.remedy)) from fault  # fmt: skip
+    return DataError(f"not a row of cells ({fault})", where=str(source),
+                     remedy='quote cells that hold quotes: "a ""word"""')  # fmt: skip
 
-    with _arrow_faults(path, pyarrow), open_bytes(path) as stream:
-        table = parquet.ParquetFile(_seekable(path, stream))
-        yield from _numbered(path, table.iter_batches(batch_size=_BATCH_ROWS))
 
-
-def read_arrow(path: str) -> Iterator[tuple[dict[str, Any], Source]]:
-    """Rows of an Arrow IPC file or stream (Feather 2 is an IPC file)."""
-    pyarrow = _pyarrow(path)
-    with _arrow_faults(path, pyarrow), open_bytes(path) as stream:
-        data = _seekable(path, stream)
-        head = data.read(6)
-        data.seek(0)
-        if head == b"ARROW1":
-            file = pyarrow.ipc.open_file(data)
-            yield from _numbered(path, (file.get_batch(i) for i in range(file.num_record_batches)))
-        else:
-            yield from _numbered(path, pyarrow.ipc.open_stream(data))
+def _row_error(cells: list[str], header: list[str], source: Source) -> DataError | None:
+    if len(cells) != len(header):
+        return DataError(
+            "a row has another number of cells than the header", where=str(source),
+            value=f"{len(cells)} cells, header {len(header)}",
+            remedy="quote cells that hold the delimiter or a line break",
+        )  # fmt: skip
+    if any("\0" in cell for cell in cells):
+        return DataError("a text holds the character U+0000", where=str(source), remedy="remove it")
+    return None
 
 
 def open_bytes_size(path: str) -> int:
@@ -89,18 +76,19 @@ def open_bytes_size(path: str) -> int:
     return sum(1 + len(line.data or b"") for line in lines(path))
 
 
-def _decoded(path: str) -> Iterator[str]:
+def _decoded(path: str, faults: dict[int, DataError]) -> Iterator[str]:
+    """Lines as text. A byte that is not UTF-8 keeps its place, so that quotes still pair, and its error is in `faults`.
+
+    A line over the cap ends the reading: nobody knows which quotes it opened.
+    """
     for line in lines(path):
-        place = f"{path}:{line.number}"
-        if line.data is None:
-            raise DataError(f"a line is longer than {MAX_LINE_BYTES} bytes", where=place, remedy="split the row")
         try:
-            yield line.data.decode("utf-8") + "\n"
-        except UnicodeDecodeError as error:
-            raise DataError(
-                "not UTF-8", where=f"{place}:{error.start + 1}", value=f"byte 0x{line.data[error.start]:02x}",
-                remedy="convert the file: iconv -f LATIN1 -t UTF-8 OLD > NEW (or the encoding it has)",
-            ) from error  # fmt: skip
+            yield decoded(path, line) + "\n"
+        except DataError as error:
+            if line.data is None:
+                raise
+            faults[line.number] = error
+            yield line.data.decode("utf-8", "surrogateescape") + "\n"
 
 
 def _header(cells: list[str], place: str) -> list[str]:
@@ -110,46 +98,3 @@ def _header(cells: list[str], place: str) -> list[str]:
         raise DataError("the header has an empty or repeated column name", where=place, value=twice[0][:40],
                         remedy="the first line names each column once")  # fmt: skip
     return names
-
-
-def _numbered(path: str, batches: Any) -> Iterator[tuple[dict[str, Any], Source]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield row, Source(path, number)
-
-
-def _seekable(path: str, stream: Any) -> Any:
-    """The stream itself, or its content in memory where it is compressed."""
-    import io
-
-    return stream if not path.lower().endswith((".gz", ".zst", ".zstd")) else io.BytesIO(stream.read())
-
-
-def _pyarrow(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ModuleNotFoundError as error:
-        raise DataError("reading Parquet and Arrow files needs a package", where=path,
-                        remedy="pip install pyarrow") from error  # fmt: skip
-    return pyarrow
-
-
-class _arrow_faults:
-    """Arrow's faults in our words."""
-
-    def __init__(self, path: str, pyarrow: Any) -> None:
-        self.path, self.faults = path, (pyarrow.ArrowException, OSError, EOFError)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, self.faults):
-            first = (str(error).splitlines() or [""])[0][:120]
-            raise DataError(
-                f"the file cannot be read as its ending says ({first})",
-                where=self.path,
-                remedy="it may have been cut while being copied: download it again",
-            ) from error

@@ -6,7 +6,8 @@
     rewritten(record, f) the record with every text put through f(text, role)
 
 Of a pair, the answer is the chosen one, and `spoken` gives the prompt once. Arguments of tool calls are their strings;
-names, ids and declared tools are no words of the row and are left alone.
+names, ids and declared tools are no words of the row and are left alone. Segments that train are the assistant's, the
+others the user's. Rows of token ids have no words: a build of such rows is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
+from luthier.contracts.errors import DataError
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Prompt, Record, Segments, Stepwise, Text, Tokens
 
 Said = tuple[str, str]  # role, text
 Rewrite = Callable[[str, str], str]  # text, role -> text
@@ -61,8 +63,12 @@ def _spoken(record: Record) -> Iterator[Said]:
     elif isinstance(record, Completion):
         yield "user", record.prompt
         yield "assistant", record.completion
-    else:
+    elif isinstance(record, Text):
         yield "text", record.text
+    else:
+        asked, answered = _split(record)
+        yield from asked
+        yield from answered
 
 
 def _said(message: Mapping[str, Any]) -> Iterator[Said]:
@@ -97,6 +103,8 @@ def _split(record: Record) -> tuple[list[Said], list[Said]]:
         return [("user", record.prompt)], [("assistant", record.completion)]
     if isinstance(record, Text):
         return [], [("text", record.text)]
+    if not isinstance(record, Chat):
+        return _split_other(record)
     chat = record
     last = max((i for i, m in enumerate(chat.messages) if m["role"] == "assistant"), default=len(chat.messages))
     asked = [said for message in chat.messages[:last] for said in _said(message) if said[1]]
@@ -107,6 +115,27 @@ def _split(record: Record) -> tuple[list[Said], list[Said]]:
     return asked, answered
 
 
+def _split_other(record: Prompt | Stepwise | Segments | Tokens) -> tuple[list[Said], list[Said]]:
+    """(what is asked, what is answered) of records that are neither chats nor texts."""
+    if isinstance(record, Prompt):
+        messages = record.messages or ()
+        asked = [said for message in messages for said in _said(message) if said[1]]
+        return ([("user", record.text)] if record.text is not None else asked), []
+    if isinstance(record, Stepwise):
+        return [("user", record.prompt)], [("assistant", step) for step in record.steps]
+    if isinstance(record, Segments):
+        return ([("user", text) for text, trained in record.segments if not trained],
+                [("assistant", text) for text, trained in record.segments if trained])  # fmt: skip
+    raise _no_words(record)
+
+
+def _no_words(record: Tokens) -> DataError:
+    return DataError(
+        "rows of token ids have no words, and the steps of a build work on words", where=str(record.source),
+        value="input_ids", remedy="build from texts or conversations, or train on the rows as they are",
+    )  # fmt: skip
+
+
 def _rewritten(record: Record, rewrite: Rewrite) -> Record:
     if isinstance(record, Pair):
         return replace(record, chosen=_side(record.chosen, rewrite), rejected=_side(record.rejected, rewrite))
@@ -114,6 +143,17 @@ def _rewritten(record: Record, rewrite: Rewrite) -> Record:
         return replace(record, answer=_side(record.answer, rewrite))
     if isinstance(record, Text):
         return replace(record, text=rewrite(record.text, "text"))
+    if isinstance(record, Prompt):
+        messages = None if record.messages is None else tuple(_message(m, rewrite) for m in record.messages)
+        return replace(record, messages=messages, text=None if record.text is None else rewrite(record.text, "user"))
+    if isinstance(record, Stepwise):
+        steps = tuple(rewrite(step, "assistant") for step in record.steps)
+        return replace(record, prompt=rewrite(record.prompt, "user"), steps=steps)
+    if isinstance(record, Segments):
+        parts = tuple((rewrite(text, "assistant" if on else "user"), on) for text, on in record.segments)
+        return replace(record, segments=parts)
+    if isinstance(record, Tokens):
+        raise _no_words(record)
     return _side(record, rewrite)
 
 

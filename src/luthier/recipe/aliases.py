@@ -312,4 +312,6 @@ def _twice(document: Document, steps: Steps, target: Steps) -> RecipeError:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return f"({len(value)} entries)"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,6 +1,6 @@
 """A recipe file to a `Recipe`: text, short forms, peers' names, overrides, checks; every problem at once.
 
-    file -> document.py (places) -> forms.py -> aliases.py -> override.py -> check.py -> Recipe
+    file -> document.py (places) -> forms.py -> aliases.py, peer_sources.py -> override.py -> check.py -> Recipe
 
 Each error names file:line:column or the override that it came from. Relative paths stay as written: they
 are relative to where the command runs. Torch is never imported here.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.contracts.errors import LuthierError, raise_all
+from luthier.recipe import peer_sources
 from luthier.recipe.aliases import translate
 from luthier.recipe.check import conflicts, problems
 from luthier.recipe.document import dotted, read_document
@@ -40,8 +41,12 @@ def read(path: str, overrides: Sequence[str] = ()) -> Reading:
     """Like `read_recipe`, with the origin of every given value."""
     document = read_document(path)
     raise_all(expand(document))
-    notes, errors = translate(document)
+    notes = peer_sources.before(document)
+    more, errors = translate(document)
     expand(document)
+    notes += more
+    more, wrong = peer_sources.translate(document)
+    notes, errors = notes + more, errors + wrong
     more, wrong = lay_over(document, overrides)
     notes, errors = notes + more, errors + wrong
     more, wrong = settle(document)

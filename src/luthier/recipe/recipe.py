@@ -67,14 +67,29 @@ class ModelSection(Section):
 class DataSource(Section):
     """One source of rows in a list."""
 
-    path: Name = _field(..., "File or glob: jsonl, json, parquet, csv, txt, also .gz and .zst.")
+    path: Name = _field(
+        ..., "File, directory, glob or hub id: jsonl, json, parquet, csv, arrow, txt, also .gz and .zst."
+    )
     weight: Float = _field(1.0, "How often its rows are seen per epoch; 0.5 takes half of them.", unit="times", gt=0)
     format: Name | None = _field(
-        None,
-        "Shape of the rows (messages, prompt_completion, alpaca, sharegpt, preference, unpaired, text); "
-        "default: detected.",
+        None, "Shape of the rows, a name of data/formats such as messages or alpaca; default: detected."
     )
-    split: Name | None = _field(None, "Split of a data set directory, such as train.")
+    split: Name | None = _field(None, "Split of a data set directory or a hub data set, such as train.")
+    subset: Name | None = _field(None, "Configuration of a hub data set, where it has several.")
+    dataset: Name | None = _field(
+        None, "Where path is a dataset_info.json (LLaMA-Factory): the names of its data sets, with commas between."
+    )
+    columns: dict[str, str | None] | None = _field(
+        None, "Columns by other names, ours: theirs; messages.role: from renames inside turns, null leaves one out."
+    )
+    role_names: dict[str, str] | None = _field(None, "Roles by other names, theirs: ours, such as bot: assistant.")
+    train_roles: tuple[Role, ...] | None = _field(
+        None, "Roles whose words train in this source, in place of data.mask.roles.", min_length=1
+    )
+    max_rows: Int | None = _field(None, "Take so many of its rows, chosen by train.seed.", unit="rows", ge=1)
+    shard: Annotated[str, Field(pattern=r"^[1-9]\d{0,5}/[1-9]\d{0,5}$")] | None = _field(
+        None, "Take one part of its rows, such as 2/10: the second of ten, chosen by train.seed."
+    )
     name: Name | None = _field(
         None, "What steps, mixture and reports call this source; default: the file's name without its ending."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.contracts.record import Chat, Source
-from luthier.data.conversation import chat, kind_of, text_of, wrong
+from luthier.data.conversation import chat, kind_of, list_cell, text_of, wrong
 
 NAME = "alpaca"
 COLUMNS = "instruction output [input, system, history]"
@@ -32,20 +32,20 @@ def asked_of(row: Mapping[str, Any], source: Source) -> list[dict[str, Any]]:
     given = text_of(row.get("input") or "", source, "input", may_be_empty=True)
     if given.strip():
         asked = f"{asked}\n{given}" if asked.strip() else given
+    return [*before(row, source), {"role": "user", "content": asked}]
+
+
+def before(row: Mapping[str, Any], source: Source) -> list[dict[str, Any]]:
+    """What stands before the question: the system prompt and the history."""
     messages = []
     system = text_of(row.get("system") or "", source, "system", may_be_empty=True)
     if system.strip():
         messages.append({"role": "system", "content": system})
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise wrong(
-            "not a list of turns", source, "history", value=kind_of(history), remedy='[["user", "assistant"], …]'
-        )
+    history = list_cell(row.get("history") or [], source, "history", '[["user", "assistant"], …]')
     for index, pair in enumerate(history):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise wrong("a turn of the history is not a pair", source, f"history[{index}]", value=kind_of(pair),
                         remedy='["what the user said", "what the assistant said"]')  # fmt: skip
         messages.append({"role": "user", "content": text_of(pair[0], source, f"history[{index}][0]")})
         messages.append({"role": "assistant", "content": text_of(pair[1], source, f"history[{index}][1]")})
-    messages.append({"role": "user", "content": asked})
     return messages

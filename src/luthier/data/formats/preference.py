@@ -2,15 +2,16 @@
 
     the answers    chosen / rejected | chosen_messages / rejected_messages | preferred_output / non_preferred_output
                    (OpenAI) | response_j / response_k (StackExchange) | response / rejected_response, or messages with
-                   rejected_messages or rejected_response (ms-swift); texts, messages, or whole conversations
+                   rejected_messages or rejected_response (ms-swift) | chosen_conversations / rejected_conversations
+                   (torchtune); texts, messages, or whole conversations
     the prompt     prompt | question | query | instruction [input] (Alpaca) | conversations (LLaMA-Factory)
                    | messages | input {messages, tools} (OpenAI) | what both answers begin with, where no column says it
 
 Two texts and a prompt of text are raw (Completion, no chat template); with turns, or a `system` column, they are
-conversations. Where both answers are whole conversations, they begin with the prompt, and a prompt column is not read.
-Two whole texts without a prompt are cut after the last "\\n\\nAssistant:" that both have (Anthropic's HH), else before
-the word at which they part (TRL cuts inside the word). `margin` is a number where it is given; scores of other names
-are not read as one.
+conversations, and so they are with ms-swift's `query` and `response`. Where both answers are whole conversations, they
+begin with the prompt, and a prompt column is not read. Two whole texts without a prompt are cut after the last
+"\\n\\nAssistant:" that both have (Anthropic's HH), else before the word at which they part (TRL cuts inside the word).
+`margin` is a number where it is given; scores of other names are not read as one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Pair, Source
-from luthier.data.conversation import chat, kind_of, text_of, wrong
+from luthier.data.conversation import chat, kind_of, text_of, turns_cell, wrong
 from luthier.data.formats import alpaca, sharegpt
 from luthier.data.pairs import sides
 
@@ -31,7 +32,9 @@ RANK = 2
 _ANSWERS = (
     ("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("preferred_output", "non_preferred_output"),
     ("response_j", "response_k"), ("messages", "rejected_messages"), ("response", "rejected_response"),
+    ("chosen_conversations", "rejected_conversations"),
 )  # fmt: skip
+_ANSWERING = ("assistant", "gpt", "model", "tool", "tool_call", "function_call")
 _TEXTS = ("prompt", "question", "query", "input")
 _MARK = "\n\nAssistant:"
 Messages = list[dict[str, Any]]
@@ -57,7 +60,7 @@ def read(row: Mapping[str, Any], source: Source) -> Pair:
     if texts:
         better, worse = _of_texts(row, texts, names, source)
         return Pair(better, worse, source, margin)
-    whole = [str(side[0].get("role")) not in ("assistant", "gpt", "model", "tool") for side in turns]
+    whole = [str(side[0].get("role")) not in _ANSWERING for side in turns]
     prompt: Messages = []
     if not all(whole):
         prompt = _prompt_turns(row, source, names)
@@ -110,6 +113,7 @@ def _chat(row: Mapping[str, Any], prompt: Messages, side: Messages, source: Sour
 
 def _answer(value: Any, source: Source, name: str) -> str | Messages:
     """A text, or turns of either form; one turn may stand without its list."""
+    value = turns_cell(value)
     if isinstance(value, str) or value is None:
         return text_of(value, source, name)
     turns = [value] if isinstance(value, Mapping) else value
@@ -125,7 +129,7 @@ def _prompt(row: Mapping[str, Any], source: Source) -> str | Messages | None:
     if "conversations" in row or "conversation" in row:
         return sharegpt.turns_of(row, source)[0]
     name = next((name for name in _TEXTS if name in row), "messages")
-    value = row.get(name)
+    value = turns_cell(row.get(name))
     if isinstance(value, Mapping):
         name, value = f"{name}.messages", value.get("messages")
     if value is None and name == "messages":
@@ -136,7 +140,9 @@ def _prompt(row: Mapping[str, Any], source: Source) -> str | Messages | None:
     if name == "messages":
         raise wrong("not a list of turns", source, name, value=kind_of(value), remedy='[{"role", "content"}, …]')
     text = text_of(value, source, name)
-    return [*_system(row, source), {"role": "user", "content": text}] if "system" in row else text
+    if "system" in row or {"query", "response"} <= row.keys():
+        return [*alpaca.before(row, source), {"role": "user", "content": text}]
+    return text
 
 
 def _prompt_turns(row: Mapping[str, Any], source: Source, names: tuple[str, str]) -> Messages:
