@@ -7,7 +7,7 @@ what rides beside the method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -20,6 +20,7 @@ import luthier
 from luthier.building import as_source, built_rows
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
+from luthier.contracts.event import Event
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
@@ -27,7 +28,7 @@ from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
 from luthier.data.kinds import SUPERVISED
 from luthier.data.pairs import ChosenSide
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import Prepared, drained, prepare, preparing
 from luthier.data.prepare import fingerprint as contents
 from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
@@ -85,6 +86,11 @@ class Assembled:
 
 def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     """`now`: what templates print as the date; a resumed run passes the one it began with."""
+    return drained(assembling(recipe, now))
+
+
+def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, None, Assembled]:
+    """`assemble`, telling how far the rows are."""
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
@@ -97,7 +103,8 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     notes: list[str] = []
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
-    prepared = prepared_rows(recipe, encoder)
+    prepared = yield from preparing_rows(recipe, encoder)
+    notes += encoder.notes()
     loaded, trunk = _open(recipe, method, precision, device, objective.reads)
     if loaded.new_head:
         notes.append("the score head is new: it starts at random, from train.seed")
@@ -110,7 +117,7 @@ def assemble(recipe: Recipe, now: datetime | None = None) -> Assembled:
     loaded.model.to(device)
     settle(loaded.model, precision)
     reserved = method.virtual_tokens
-    steps = _stream(recipe, device, prepared, encoder, reserved)
+    steps = yield from _stream(recipe, device, prepared, encoder, reserved)
     notes += _advice(recipe, prepared, trunk, steps)
     notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
     held_out = prepared.evaluation
@@ -145,7 +152,7 @@ def _looked_at(work: Assembled, regularizer: Regularizer) -> list[Sample]:
     if regularizer.on is not None:
         source = (DataSource(path=regularizer.on),)
         section = data_section(work.recipe).model_copy(update={"train": source, "eval": None})
-        return prepare(section, side, seed=work.recipe.train.seed, kinds=(*SUPERVISED, "Pair")).train[:wanted]
+        return list(prepare(section, side, seed=work.recipe.train.seed, kinds=(*SUPERVISED, "Pair")).train[:wanted])
     found = (sample for record in work.prepared.train_records for sample in side.samples(record))
     return list(islice((sample for sample in found if sample.scored), wanted))
 
@@ -224,6 +231,13 @@ def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...
 
     `stage`: the sources of a stage, in place of the recipe's training rows; nothing of them is held out.
     """
+    return drained(preparing_rows(recipe, encoder, stage))
+
+
+def preparing_rows(
+    recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...] | None = None
+) -> Generator[Event, None, Prepared]:
+    """`prepared_rows`, telling how far it is."""
     objective: Objective = resolve.build("objectives", recipe.objective)
     section, built = data_section(recipe), None
     if stage is not None:
@@ -231,10 +245,9 @@ def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...
     elif section.steps:
         built = built_rows(recipe)
         section = section.model_copy(update={"train": as_source(built), "steps": ()})
-    prepared = prepare(
-        section, encoder, seed=recipe.train.seed, kinds=objective.records,
-        objective=str(recipe.objective["name"]),
-    )  # fmt: skip
+    prepared = yield from preparing(
+        section, encoder, seed=recipe.train.seed, kinds=objective.records, objective=str(recipe.objective["name"])
+    )
     prepared.ledger.build = built.ledger if built else None
     return prepared
 
@@ -277,19 +290,21 @@ def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample],
     )  # fmt: skip
 
 
-def _stream(recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, reserved: int) -> Stream:
+def _stream(
+    recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, reserved: int
+) -> Generator[Event, None, Stream]:
     """The training rows as steps: one stream, or one for each stage of the recipe after the other.
 
     Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.
     """
     if not recipe.train.stages:
         return Stream(prepared.train, stream_spec(recipe, device, prepared.train, reserved))
-    found: list[tuple[Stage, list[Sample]]] = []
+    found: list[tuple[Stage, Sequence[Sample]]] = []
     count = len(prepared.train) + len(prepared.evaluation)
     for stage in stages_of(recipe.train):
         rows = prepared.train
         if stage.data is not None:
-            own = prepared_rows(recipe, encoder, stage.data)
+            own = yield from preparing_rows(recipe, encoder, stage.data)
             prepared.ledger.join(own.ledger)
             rows = [replace(sample, id=count + index) for index, sample in enumerate(own.train)]
             count += len(rows)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,17 +22,17 @@ from typing import Any
 
 from luthier import account
 from luthier.artifact import fold
-from luthier.assembly import MICROBATCH_TOKENS, assemble, encoder_of, engine_run, prepared_rows
+from luthier.assembly import MICROBATCH_TOKENS, assemble, assembling, encoder_of, engine_run, preparing_rows
 from luthier.building import built_rows
 from luthier.contracts.errors import DataError, UsageError
-from luthier.contracts.event import Event, StepDone
+from luthier.contracts.event import Event, Progress, StepDone
 from luthier.data.build import Built
-from luthier.data.crew import Progress
+from luthier.data.crew import Progress as Tell
 from luthier.data.kinds import SUPERVISED
 from luthier.data.ledger import Ledger
 from luthier.data.pairs import ChosenSide
-from luthier.data.prepare import prepare
-from luthier.data.show import shown
+from luthier.data.prepare import drained, prepare
+from luthier.data.show import remarks, shown
 from luthier.data.stream import Stream, StreamSpec
 from luthier.disk.durable import replace_text, unwritable
 from luthier.disk.lock import hold
@@ -89,10 +89,10 @@ def train(recipe: Recipe, *, resume: str | None = None, fresh: bool = False) -> 
 
 
 def _logged(events: Iterator[Event], log: Path) -> Iterator[Event]:
-    """What was said goes to the run's log too: every event but the steps, which the journal has."""
+    """What was said goes to the run's log too: every event but progress, and the steps, which the journal has."""
     try:
         for event in events:
-            if not isinstance(event, StepDone):
+            if not isinstance(event, StepDone | Progress):
                 said = ", ".join(f"{name} {value}" for name, value in event.record().items() if name != "event")
                 with log.open("a", encoding="utf-8") as file:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {event.event}: {said}\n")
@@ -110,7 +110,7 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
     try:
         with hold(directory):
             enter(directory, resume=resume, fresh=fresh)
-            work = assemble(recipe, template_date(directory, resume))
+            work = yield from assembling(recipe, template_date(directory, resume))
             run = engine_run(work, directory, resume)
             run.on_agreed = partial(account.begin, work, directory)
             with ExitStack() as stack:
@@ -144,26 +144,36 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def data_rows(recipe: Recipe, rows: int) -> Iterator[dict[str, Any]]:
-    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair."""
-    notes: list[str] = []
+def data_rows(
+    recipe: Recipe, rows: int, notes: list[str] | None = None, listen: Callable[[Event], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The first rows as the model sees them: source, ids, tokens, trained (0/1), text; parts of a pair.
+
+    `notes`: gets what is to be said of all rows, before the first is given.
+    """
+    notes = [] if notes is None else notes
     encoder = encoder_of(recipe, load_text(recipe.model), notes)
-    prepared = prepared_rows(recipe, encoder)
+    prepared = drained(preparing_rows(recipe, encoder), listen)
+    notes += encoder.notes()
+    records = {record.source: record for record in islice(prepared.train_records, rows)}
     for sample in islice(prepared.train, rows):
-        yield shown(sample, encoder.tokenizer)
+        yield shown(sample, encoder.tokenizer) | remarks(encoder, records.get(sample.source))
 
 
 def data_build(
-    recipe: Recipe, out: str | Path | None = None, workers: int | None = None, progress: Progress | None = None
+    recipe: Recipe, out: str | Path | None = None, workers: int | None = None, progress: Tell | None = None
 ) -> Built:
     """The rows of data.train through data.steps, on disk: rows, ledger, manifest. Without `out` in RUN/built."""
     return built_rows(recipe, Path(out) if out else None, workers, progress)
 
 
-def data_check(recipe: Recipe) -> Ledger:
+def data_check(recipe: Recipe, listen: Callable[[Event], None] | None = None) -> Ledger:
     """Every row read and encoded as training would; the ledger."""
-    encoder = encoder_of(recipe, load_text(recipe.model), [])
-    return prepared_rows(recipe, encoder).ledger
+    notes: list[str] = []
+    encoder = encoder_of(recipe, load_text(recipe.model), notes)
+    ledger = drained(preparing_rows(recipe, encoder), listen).ledger
+    ledger.notes += [*notes, *encoder.notes()]
+    return ledger
 
 
 # ------------------------------------------------------------------------------------------ using a result

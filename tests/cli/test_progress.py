@@ -8,9 +8,19 @@ import math
 
 import pytest
 
-from luthier.cli.progress import Course, Plain, Rich, reader
+from luthier.cli.progress import Course, Plain, Rich, reader, sentence
 from luthier.contracts.errors import UsageError
-from luthier.contracts.event import Evaluated, Event, Noted, RunEnded, RunStarted, Saved, StepDone, StepSkipped
+from luthier.contracts.event import (
+    Evaluated,
+    Event,
+    Noted,
+    Progress,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepDone,
+    StepSkipped,
+)
 
 
 def step(number: int, loss: float = 2.0, seconds: float = 0.5) -> StepDone:
@@ -95,3 +105,49 @@ def test_course_averages_over_recent_steps() -> None:
         course.take(step(number, seconds=1.0))
     assert course.tokens_per_second == 1000.0
     assert course.seconds_left == 2.0
+
+
+def rows_read() -> list[Event]:
+    made = [Progress("encoding", done, 4000, "rows", done / 1000) for done in (1000, 2000, 3000)]
+    return [
+        Progress("reading", 5 * 2**20, 10 * 2**20, "bytes", 1.0),
+        *made,
+        Progress("encoding", 4000, 4000, "rows", 4.0, True),
+    ]
+
+
+def test_rows_have_a_rate_and_the_time_left() -> None:
+    out = io.StringIO()
+    show = Plain(out, every_seconds=0.0)
+    for event in rows_read():
+        show(event)
+    assert out.getvalue().splitlines() == [
+        "reading: 5 of 10 MiB  5 MiB/s  left 0:01",
+        "encoding: 1,000 of 4,000 rows  1,000 rows/s  left 0:03",
+        "encoding: 2,000 of 4,000 rows  1,000 rows/s  left 0:02",
+        "encoding: 3,000 of 4,000 rows  1,000 rows/s  left 0:01",
+        "encoding: 4,000 rows in 0:04  1,000 rows/s",
+    ]
+    assert sentence(Progress("encoding", 7, 0, "rows", 2.0)) == "encoding: 7 rows  4 rows/s"
+
+
+def test_rows_are_one_line_now_and_then_in_a_log_and_one_live_line_on_a_terminal() -> None:
+    out = io.StringIO()
+    with reader("plain", out) as show:
+        for event in rows_read():
+            show(event)
+    assert out.getvalue().count("\n") == 2  # the first and the last
+    out = io.StringIO()
+    with Rich(out) as show:
+        for event in [*rows_read(), *story()]:
+            show(event)
+    assert "encoding: 4,000 rows in 0:04" in out.getvalue() and "done after step 4" in out.getvalue()
+    assert [json.loads(line)["event"] for line in _json(rows_read())] == ["progress"] * 5
+
+
+def _json(events: list[Event]) -> list[str]:
+    out = io.StringIO()
+    with reader("json", out) as show:
+        for event in events:
+            show(event)
+    return out.getvalue().splitlines()

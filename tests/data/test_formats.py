@@ -39,6 +39,14 @@ def test_messages_with_weights_parts_and_reasoning() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["train_detail", "training_detail"])
+def test_stretches_of_a_message_are_refused_by_name(name: str) -> None:
+    spans = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    with pytest.raises(DataError, match=rf"rows.jsonl:7:messages\[1\].{name} .* segments"):
+        read({"messages": [USER, {**ANSWER, name: spans}]})
+    assert read({"messages": [USER, {**ANSWER, name: None}]}).weights is None
+
+
 @pytest.mark.parametrize(
     "turn",
     [

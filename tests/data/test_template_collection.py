@@ -1,7 +1,6 @@
 """All real chat templates at hand: the same bytes as transformers, and every mask proven or refused by name.
 
-Marker templates are compared with a reading of their markers that shares no code with ours: the template with the
-markers replaced by text, its render cut at that text.
+What must train is written down in test_gold.py, marker templates and TRL's twins are in test_template_parity.py.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from data.families import STRINGS, tokenizer_for, trained
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Source
 from luthier.data.mask import Masker
+from luthier.data.overrides import overridden
 from luthier.data.template import Template
 
 CALL = [{"type": "function", "id": "abcdefghi", "function": {"name": "mult_fn", "arguments": {"a": 2, "b": "Oslo"}}}]
@@ -47,7 +47,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 # what the collection of 108 gave when this was written; a smaller count is a lost family
-PROVEN = {"plain": 99, "system": 93, "think": 98, "unicode": 99, "injection": 99, "empty": 86, "tools": 44}
+PROVEN = {"plain": 105, "system": 102, "think": 105, "unicode": 105, "injection": 105, "empty": 103, "tools": 48}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def masked(shared_data: Callable[[str], Path]) -> dict[tuple[str, str], tuple[Ma
     """(template, chat) -> its masker and mask, or the DataError that refused it. Anything else fails here."""
     made: dict[tuple[str, str], tuple[Masker, Any]] = {}
     for path in sorted(shared_data("chat_templates").glob("*.jinja")):
-        template = Template(path.read_text(encoding="utf-8"), STRINGS, path.stem)
+        template = overridden(Template(path.read_text(encoding="utf-8"), STRINGS, path.stem))
         masker = Masker(template, tokenizer_for(template))
         for name, messages in CHATS.items():
             row = Chat(messages, Source(name, 1), [TOOL] if name == "tools" else None)
@@ -107,7 +107,7 @@ def test_every_mask_is_proven_or_refused_by_name(masked: dict[tuple[str, str], t
         assert masker.tokenizer.decode(ids) == found.encoded.text
     print(dict(counts), *reasons.most_common(), sep="\n")
     if len({stem for stem, _ in masked}) >= 108:
-        assert {name: counts[name] for name in PROVEN} == PROVEN
+        assert all(counts[name] >= least for name, least in PROVEN.items()), counts
         assert counts["reasoning"] >= 99
 
 
@@ -120,58 +120,3 @@ def test_no_control_token_comes_from_what_a_user_wrote(masked: dict[tuple[str, s
         controls = [masker.vocabulary.names[int(i)] for i in found.encoded.ids_T if int(i) in masker.vocabulary.names]
         expected = [masker.vocabulary.names[int(i)] for i in without.encoded.ids_T if int(i) in masker.vocabulary.names]
         assert controls == expected, stem
-
-
-def _independent(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[str]:
-    """What stands between the markers, by putting plain text in their place."""
-    text = re.sub(
-        r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true %}{% if true %}{{ '⟦' }}{% endif \2%}", template.text
-    )
-    text = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif %}{% if true %}{{ '⟧' }}{% endif \2%}", text)
-    rendered = Template(text, STRINGS, "bracketed").render(messages, tools)
-    assert rendered.replace("⟦", "").replace("⟧", "") == template.render(messages, tools)
-    return re.findall("⟦(.*?)⟧", rendered, re.DOTALL)
-
-
-def test_marker_templates_train_what_their_markers_say(masked: dict[tuple[str, str], tuple[Masker, Any]]) -> None:
-    compared = 0
-    for (stem, name), (masker, found) in masked.items():
-        if not masker.template.has_markers or isinstance(found, DataError):
-            continue
-        messages: list[dict[str, Any]] = CHATS[name]
-        if "idefics3" in stem or "llava" in stem:
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        gold = _independent(masker.template, messages, [TOOL] if name == "tools" else None)
-        assert "".join(trained(found)) == "".join(gold), (stem, name)
-        compared += 1
-    if len({stem for stem, _ in masked}) >= 108:
-        assert compared >= 90
-
-
-# the twin prints more than the original, or its author trains what the original's generation prompt supplies
-WIDER_TWINS = {
-    "trl__deepseekv3", "trl__gptoss", "trl__nemotron_3_nano", "trl__qwen3_5_think", "trl__qwen3_5_nothink",
-}  # fmt: skip
-
-
-def test_originals_train_what_their_marked_twins_do(masked: dict[tuple[str, str], tuple[Masker, Any]]) -> None:
-    """Where the texts are equal, modulo white space at the ends of a turn and Phi-3's eos after the last one."""
-    equal = wider = 0
-    for (stem, name), (_, found) in masked.items():
-        twin = masked.get((f"{stem}_training", name))
-        if twin is None or isinstance(found, DataError) or isinstance(twin[1], DataError):
-            continue
-        if found.encoded.text != twin[1].encoded.text:
-            continue
-        ours = [found.encoded.text[t.start : t.end].strip() for t in found.turns]
-        theirs = [found.encoded.text[t.start : t.end].removesuffix("<EOS>").strip() for t in twin[1].turns]
-        theirs = [text for text in theirs if text]
-        if stem in WIDER_TWINS:
-            assert all(b.endswith(a) for a, b in zip(ours, theirs, strict=True)), (stem, name)
-            wider += 1
-        else:
-            assert [text.removesuffix("<EOS>").strip() for text in ours] == theirs, (stem, name)
-            equal += 1
-    print(f"{equal} equal, {wider} trained wider by the twin")
-    if len({stem for stem, _ in masked}) >= 108:
-        assert equal >= 80 and wider >= 15

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from typing import Any
 
 import click
@@ -19,6 +20,12 @@ from luthier.cli.scale import build_elsewhere, cluster_options
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
     """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
+
+
+_progress = click.option(
+    "--progress", type=click.Choice(["auto", "rich", "plain", "json", "off"]), default="auto", show_default=True,
+    help="How far reading and encoding are, on stderr; quick ones say nothing.",
+)  # fmt: skip
 
 
 def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
@@ -35,31 +42,42 @@ def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.option("--rows", default=3, show_default=True, type=click.IntRange(min=1), help="How many rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row: source, ids, tokens, trained, text.")
-def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+@_progress
+def show(recipe: str, overrides: tuple[str, ...], rows: int, as_json: bool, progress: str) -> None:
     """Print rows as the model sees them; trained tokens are green (in brackets where there is no colour).
 
-    A pair is shown as its prompt, the chosen and the rejected answer, the trained tokens of the last in red.
+    Tokens with a loss weight of their own are yellow, the weight in front of them. A pair is shown as its prompt, the
+    chosen and the rejected answer, the trained tokens of the last in red.
     """
     read = _read(recipe, overrides)
     from luthier import run
+    from luthier.cli.progress import reader
 
-    for row in run.data_rows(read, rows):
-        if as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
-        else:
-            _show_row(row)
+    notes: list[str] = []
+    with reader(progress) as listen:
+        for number, row in enumerate(run.data_rows(read, rows, notes, listen)):
+            if not number:
+                for note in notes:
+                    click.echo(f"note: {note}", err=True)
+            if as_json:
+                click.echo(json.dumps(row, ensure_ascii=False))
+            else:
+                _show_row(row)
 
 
 @command.command("check")
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[PATH=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="The ledger as one JSON object.")
-def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@_progress
+def check(recipe: str, overrides: tuple[str, ...], as_json: bool, progress: str) -> None:
     """Read every row as training would and print the ledger: read = kept + each reason."""
     read = _read(recipe, overrides)
     from luthier import run
+    from luthier.cli.progress import reader
 
-    ledger = run.data_check(read)
+    with reader(progress) as listen:
+        ledger = run.data_check(read, listen)
     if as_json:
         click.echo(json.dumps(ledger.to_json(), ensure_ascii=False))
         return
@@ -113,7 +131,10 @@ def _show_row(row: dict[str, Any]) -> None:
         span = slice(part["start"], part["end"])
         label = f"[{part['name']}] " if part["name"] else ""
         colour = "red" if part["name"] == "rejected" else "green"
-        click.echo(label + _marked(row["pieces"][span], row["trained"][span], colour))
+        weights = row.get("weights", [float(flag) for flag in row["trained"]])
+        click.echo(label + _marked(row["pieces"][span], weights[span], colour))
+    for remark in row.get("remarks", ()):
+        click.echo(click.style(f"  {remark}", dim=True))
     click.echo()
 
 
@@ -122,16 +143,21 @@ def _said(row: dict[str, Any]) -> dict[str, list[float]]:
     return {name: values for name, values in row.get("extra", {}).items() if name != "label" or "parts" not in row}
 
 
-def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
-    """The text with its trained tokens coloured, or in brackets where there is no colour."""
+def _marked(pieces: list[str], weights: list[float], colour: str) -> str:
+    """The text with its trained stretches coloured, or in brackets where there is no colour; other weights in front."""
     coloured = sys.stdout.isatty()
-    parts, inside = [], False
-    for text, flag in zip(pieces, trained, strict=True):
-        if bool(flag) != inside and not coloured:
-            parts.append("⟦" if flag else "⟧")
-        inside = bool(flag)
-        parts.append(click.style(text, fg=colour) if flag and coloured else text)
-    return "".join(parts) + ("⟧" if inside and not coloured else "")
+    parts = []
+    for weight, run in groupby(zip(weights, pieces, strict=True), key=lambda one: one[0]):
+        text = "".join(piece for _, piece in run)
+        said = f"{weight:g}: " if weight not in (0.0, 1.0) else ""
+        if not weight:
+            parts.append(text)
+        elif coloured:
+            parts.append(click.style(said, fg="yellow", bold=True) if said else "")
+            parts.append(click.style(text, fg="yellow" if said else colour))
+        else:
+            parts.append(f"⟦{said}{text}⟧")
+    return "".join(parts)
 
 
 for verb in (card.report, card.card, spot_check.sample, spot_check.verdicts):  # what people see of a built set

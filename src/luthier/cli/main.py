@@ -31,6 +31,7 @@ VERBS: dict[str, str] = {
     "chat": "Talk to one or several targets side by side.",
     "evaluate": "Loss, perplexity and exact match on a file; pairs ranked right.",
     "merge": "Fold an adapter into its base model.",
+    "cache": "What is kept between runs: ls, clean.",
     "runs": "Runs on disk: ls, show.",
     "recipes": "Recipes that come along: ls, cp.",
     "explain": "What a field of a recipe does, and why to change it.",

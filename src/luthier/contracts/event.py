@@ -22,6 +22,19 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """Work before the first step: `done` of `total` rows or bytes after `seconds`. `total` 0 = not known."""
+
+    event: ClassVar[str] = "progress"
+    what: str  # reading the files, encoding
+    done: int
+    total: int
+    unit: str  # rows | bytes
+    seconds: float
+    last: bool = False  # of this work
+
+
+@dataclass(frozen=True, slots=True)
 class RunStarted(Event):
     event: ClassVar[str] = "start"
     steps: int

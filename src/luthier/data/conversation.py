@@ -31,6 +31,7 @@ _CALLS = ("tool_call", "function_call")  # roles of turns whose content is the J
 # Classes that rows really have stand before the abstract ones, which are slow to ask.
 OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
+_SPANS = ("train_detail", "training_detail")  # Axolotl: stretches of characters
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -90,6 +91,12 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
+    for name in _SPANS:
+        if message.get(name) is not None:
+            raise wrong(
+                "stretches of a message cannot have weights of their own", source, f"{place}.{name}",
+                value=kind_of(message[name]), remedy="give the whole message a weight, or use rows of segments",
+            )  # fmt: skip
     if message.keys().isdisjoint(_WEIGHTS):
         return None
     for name in _WEIGHTS:

@@ -6,9 +6,9 @@
     Pair        both texts as above, then one prompt with two leaves (pairs.py); Judged: its answer, and a label
     Segments    and Tokens: masked exactly as given (given.py)
 
-Overlong rows follow `data.overlong`: a shortened row is a slice of the whole row and its mask the same slice, so no
-token's weight ever depends on a cut. `split` cuts conversations after answers and plain text into windows that share
-one token (so that each is predicted once). A row with no trained token left is dropped by name.
+Overlong rows follow `data.overlong` (overlong.py): a shortened row is a slice of the whole row and its mask the same
+slice, so no token's weight ever depends on a cut; `truncate_turns` leaves out whole exchanges. A row with no trained
+token left is dropped by name. What was done to a row that is kept stands in `changes`, for the ledger.
 
 Raw rows (Completion, Text) are taken as written: control strings in them count, since people put whole rendered
 prompts there; `data.injection: error` refuses them. Arrays are numpy: int64 tokens, float32 weights.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -38,16 +39,17 @@ from luthier.contracts.record import (
     Text,
     Tokens,
 )
-from luthier.data import pairs
+from luthier.data import overlong, pairs
 from luthier.data.given import segments_row, tokens_row
-from luthier.data.ledger import Dropped
+from luthier.data.ledger import Change, Dropped
 from luthier.data.mask import Masked, Masker
+from luthier.data.overlong import split
+from luthier.data.overrides import overridden
 from luthier.data.policy import MaskPolicy, message_weights
 from luthier.data.template import Template
 from luthier.data.tokens import check_atomic
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
 
-OVERLONG = ("drop", "truncate_left", "truncate_right", "split", "error")
 Row = tuple[np.ndarray, np.ndarray, tuple[int, ...]]  # tokens_T, weights_T, places where it may be cut
 
 
@@ -76,6 +78,8 @@ class Encoder:
         self, tokenizer: Any, template: Template | None, section: DataFields, stop_ids: Sequence[int] = (), *,
         score_prompt: bool = False,
     ) -> None:  # fmt: skip
+        self._made_of = (tokenizer, template, section, tuple(stop_ids))
+        template = template and overridden(template)
         self.tokenizer, self.template = tokenizer, template
         self.score_prompt = score_prompt  # of pairs: what the objective asks for
         self.max_tokens, self.overlong = int(section.max_tokens), str(section.overlong)
@@ -90,7 +94,13 @@ class Encoder:
             self._masker = Masker(template, tokenizer, self.policy, stop_ids)
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.escaped = 0  # control strings of content that were neutralised
-        self.unshown_reasoning = 0  # answers whose reasoning the template leaves out
+        self.changes: dict[str, Change] = {}  # what was done to the row that `samples` was last asked for
+        self.reasoned = self.unshown_reasoning = 0  # trained answers with reasoning; those whose text leaves it out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process as what it was made of; its counts begin anew there."""
+        make = partial(Encoder, score_prompt=self.score_prompt)
+        return make, self._made_of
 
     @property
     def masker(self) -> Masker:
@@ -108,11 +118,39 @@ class Encoder:
         eos = () if self.vocabulary.eos_id is None else (self.vocabulary.eos_id,)
         return tuple(dict.fromkeys([*self._given_stops, *eos, *learned]))
 
+    def notes(self) -> list[str]:
+        """What people should know of the rows encoded so far: the override in force, reasoning that is not trained."""
+        said = []
+        if self.template is not None and self.template.override:
+            said.append(f"chat template {self.template.name} was mended ({self.template.override})")
+        if self._masker is not None and self._masker.template is not self.template:
+            shown = ", ".join(f"{name}: {value}" for name, value in self._masker.template.variables.items())
+            said.append(
+                f"data.mask.thinking: keep_all renders the chat template with {shown}; an inference engine of another "
+                "house must be told the same (chat_template_kwargs)"
+            )
+        if self.unshown_reasoning:
+            said.append(
+                f"the chat template leaves out the reasoning of {self.unshown_reasoning} of {self.reasoned} trained "
+                f"answers that have some: {self._reasoning_remedy()}"
+            )
+        return said
+
+    def _reasoning_remedy(self) -> str:
+        if self.policy.thinking == "as_template" and self.unshown_reasoning < self.reasoned:
+            return (
+                "data.mask.thinking: split trains each answer as the last one, where this template keeps it; keep_all "
+                "asks the template to keep it everywhere"
+            )
+        split = "try data.mask.thinking: split, " if self.policy.thinking == "as_template" else ""
+        return f"{split}write it into the content as <think>…</think>, or name another model.chat_template"
+
     def samples(self, record: Record) -> list[Sample]:
         """The samples of a record: one, or several for `overlong: split` and `thinking: split`.
 
         Raises Dropped where a policy drops the row, DataError where the row is wrong.
         """
+        self.changes = {}
         if isinstance(record, Pair):
             return [self._pair(record)]
         if isinstance(record, Judged):
@@ -124,11 +162,12 @@ class Encoder:
         made: list[Sample] = []
         rows = self._rows(record)
         for tokens_T, weights_T, cuts in rows:
-            for start, end in self._slices(record, len(tokens_T), cuts):
+            for start, end in self._slices(record, weights_T, cuts):
                 shown = weights_T[start:end].copy()
                 shown[:1] = 0.0
                 if shown.any():
                     made.append(Sample((_piece(tokens_T[start:end], shown),), record.source))
+        self._note_cuts(rows, made)
         if not made:
             was_cut = any(len(row[0]) > self.max_tokens for row in rows)
             raise Dropped("no trained token after truncation" if was_cut else "no trained token")
@@ -165,31 +204,45 @@ class Encoder:
 
     def _pair(self, record: Pair) -> Sample:
         self._refuse_split()
-        sides: list[pairs.Side] = []
+        sides = self._sides(record)
+        longest = _longest(sides)
+        if longest > self.max_tokens:
+            if self.overlong == "error":
+                raise self._too_long(record.source, longest)
+            if self.overlong == "truncate_turns":
+                shorter = overlong.fewer_turns_of_pair(
+                    record, lambda pair: _longest(self._sides(pair)) <= self.max_tokens
+                )
+                sides = self._sides(shorter) if shorter is not None else sides
+        one, other = pairs.fitted(sides[0], sides[1], self.max_tokens, self.overlong)
+        sample = pairs.pair_sample(record, one, other, score_prompt=self.score_prompt)
+        if longest > self.max_tokens:
+            self._note(f"cut by {self.overlong}", longest - _longest([one, other]), "tokens left out")
+        return sample
+
+    def _sides(self, record: Pair) -> list[pairs.Side]:
+        """Both answers with their prompt, whole."""
+        made: list[pairs.Side] = []
         for side in pairs.sides(record):
-            rows = self._rows(side)
+            rows = self._rows(side, whole=True)
             if len(rows) > 1:
                 raise DataError(
                     "an answer of several turns cannot be split", where=str(record.source), value=f"{len(rows)} turns",
                     remedy="set data.mask.thinking: as_template | keep_all",
                 )  # fmt: skip
-            sides.append(rows[0][:2])
-        longest = max(len(tokens_T) for tokens_T, _ in sides)
-        if longest > self.max_tokens and self.overlong == "error":
-            raise self._too_long(record.source, longest)
-        one, other = pairs.fitted(sides[0], sides[1], self.max_tokens, self.overlong)
-        return pairs.pair_sample(record, one, other, score_prompt=self.score_prompt)
+            made.append(rows[0][:2])
+        return made
 
     def _refuse_split(self) -> None:
         if self.overlong == "split":
             raise RecipeError(
                 "pairs and judged answers cannot be split into several rows", where="data.overlong", value="split",
-                remedy="use drop, truncate_left, truncate_right or error",
+                remedy="use drop, truncate_left, truncate_right, truncate_turns or error",
             )  # fmt: skip
 
-    def _rows(self, record: Chat | Completion | Text | Segments | Tokens) -> list[Row]:
+    def _rows(self, record: Chat | Completion | Text | Segments | Tokens, *, whole: bool = False) -> list[Row]:
         if isinstance(record, Chat):
-            return [self._chat(one) for one in self._per_answer(record)]
+            return [self._chat(one, whole=whole) for one in self.per_answer(record)]
         if isinstance(record, Completion):
             return [self._completion(record)]
         if isinstance(record, Segments):
@@ -198,7 +251,7 @@ class Encoder:
             return [(*tokens_row(record, self.vocabulary.size), ())]
         return [self._text(record)]
 
-    def _per_answer(self, chat: Chat) -> list[Chat]:
+    def per_answer(self, chat: Chat) -> list[Chat]:
         """`thinking: split`: one conversation per trained answer, ending with it; else the conversation itself."""
         if self.policy.thinking != "split":
             return [chat]
@@ -210,13 +263,21 @@ class Encoder:
             rows.append(replace(chat, messages=list(chat.messages[: i + 1]), weights=only))
         return rows or [chat]
 
-    def _chat(self, chat: Chat) -> Row:
+    def _chat(self, chat: Chat, *, whole: bool = False) -> Row:
         masked = self.masker.mask(chat)
-        self.escaped += masked.escaped
-        self.unshown_reasoning += masked.unshown_reasoning
+        if len(masked.encoded) > self.max_tokens and self.overlong == "truncate_turns" and not whole:
+            shorter = overlong.fewer_turns(chat, lambda one: len(self.masker.mask(one).encoded) <= self.max_tokens)
+            if shorter is not None:
+                trained = int(np.count_nonzero(masked.weights_T))
+                chat, masked = shorter, self.masker.mask(shorter)
+                self._note(
+                    "cut by truncate_turns", trained - int(np.count_nonzero(masked.weights_T)),
+                    "trained tokens left out",
+                )  # fmt: skip
+        self._note_masked(masked)
         encoded = masked.encoded
         cuts = []
-        for turn in masked.turns:
+        for turn in masked.turns if len(encoded) > self.max_tokens else ():  # nobody cuts a row that fits
             if chat.messages[turn.message]["role"] == "assistant":
                 after = encoded.text[turn.end :]
                 reach = turn.end + len(after) - len(after.lstrip())
@@ -283,9 +344,9 @@ class Encoder:
             )  # fmt: skip
         return [] if list(ids[-1:]) == [eos] else [eos]
 
-    def _slices(self, record: Record, length: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    def _slices(self, record: Record, weights_T: np.ndarray, cuts: Sequence[int]) -> list[tuple[int, int]]:
         """The stretches of a row that become samples."""
-        limit = self.max_tokens
+        limit, length = self.max_tokens, len(weights_T)
         if length <= limit:
             return [(0, length)]
         if self.overlong == "drop":
@@ -295,29 +356,41 @@ class Encoder:
         if self.overlong == "truncate_right":
             return [(0, limit)]
         if self.overlong == "split":
-            return split(length, limit, cuts, overlap=0 if isinstance(record, Chat) else 1)
+            return split(weights_T, limit, cuts)
+        if self.overlong == "truncate_turns":
+            raise Dropped("longer than data.max_tokens, and there is no earlier turn to leave out")
         raise self._too_long(record.source, length)
+
+    def _note(self, what: str, amount: int, of: str) -> None:
+        before = self.changes[what].amount if what in self.changes else 0
+        self.changes[what] = Change(before + amount, of)
+
+    def _note_masked(self, masked: Masked) -> None:
+        self.escaped += masked.escaped
+        self.reasoned += len(masked.reasoned)
+        self.unshown_reasoning += len(masked.unshown)
+        if masked.escaped:
+            how = "let through" if self.policy.injection == "allow" else "made plain text"
+            self._note(f"with control strings {how}", masked.escaped, "control strings")
+
+    def _note_cuts(self, rows: Sequence[Row], made: Sequence[Sample]) -> None:
+        if not made or all(len(tokens_T) <= self.max_tokens for tokens_T, _, _ in rows):
+            return
+        lost = sum(int(np.count_nonzero(row[1])) for row in rows) - sum(sample.scored for sample in made)
+        if self.overlong == "split":
+            self._note("split into several", len(made), "rows")
+        else:
+            self._note(f"cut by {self.overlong}", lost, "trained tokens left out")
 
     def _too_long(self, source: Source, length: int) -> DataError:
         return DataError(
             "the row is longer than data.max_tokens", where=str(source), value=f"{length} tokens",
-            remedy="raise data.max_tokens, or set data.overlong: drop | truncate_left | truncate_right | split",
+            remedy="raise data.max_tokens, or set data.overlong to one that drops, cuts or splits",
         )  # fmt: skip
 
 
-def split(length: int, limit: int, cuts: Sequence[int], overlap: int = 0) -> list[tuple[int, int]]:
-    """Stretches of at most `limit` tokens, cut at the last of `cuts` that fits, else at the limit."""
-    made = []
-    start = 0
-    while start < length:
-        end = min(start + limit, length)
-        if end < length:
-            end = max((cut for cut in cuts if start < cut <= end), default=end)
-        made.append((start, end))
-        if end == length:
-            break
-        start = end - overlap if end - overlap > start else end
-    return made
+def _longest(sides: Sequence[pairs.Side]) -> int:
+    return max(len(tokens_T) for tokens_T, _ in sides)
 
 
 def _row(ids: Sequence[int], weights: Sequence[float]) -> Row:

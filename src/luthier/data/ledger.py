@@ -38,6 +38,22 @@ class Reason:
             self.examples.append(str(source))
 
 
+@dataclass(frozen=True)
+class Change:
+    """Something that was done to a row that is kept: how much of it, and of what."""
+
+    amount: int
+    of: str
+
+
+@dataclass
+class Changes(Reason):
+    """How many kept rows something was done to, how much in all, and the first few of them."""
+
+    amount: int = 0
+    of: str = ""
+
+
 @dataclass
 class Account:
     """One file (with its use): rows read, kept, dropped by policy and rejected as wrong."""
@@ -52,6 +68,12 @@ class Account:
     scored_tokens: int = 0
     dropped: dict[str, Reason] = field(default_factory=dict)
     rejected: dict[str, Reason] = field(default_factory=dict)
+    changed: dict[str, Changes] = field(default_factory=dict)  # kept rows, by what was done to them
+
+    def change(self, what: str, change: Change, source: Source) -> None:
+        changes = self.changed.setdefault(what, Changes(of=change.of))
+        changes.amount += change.amount
+        changes.add(source)
 
     def drop(self, reason: str, source: Source) -> None:
         self.dropped.setdefault(reason, Reason()).add(source)
@@ -67,6 +89,7 @@ class Account:
             **{name: getattr(self, name) for name in _COUNTS},
             "dropped": {name: vars(reason) for name, reason in self.dropped.items()},
             "rejected": {name: vars(reason) for name, reason in self.rejected.items()},
+            **({"changed": {name: vars(change) for name, change in self.changed.items()}} if self.changed else {}),
         }
 
     @classmethod
@@ -75,7 +98,8 @@ class Account:
         dropped, rejected = (
             {name: Reason(**one) for name, one in made[part].items()} for part in ("dropped", "rejected")
         )
-        return cls(made["file"], made["use"], **counts, dropped=dropped, rejected=rejected)
+        changed = {name: Changes(**one) for name, one in made.get("changed", {}).items()}
+        return cls(made["file"], made["use"], **counts, dropped=dropped, rejected=rejected, changed=changed)
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -92,7 +116,7 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read
+    notes: list[str] = field(default_factory=list)  # how sources were read and rows encoded
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
 
@@ -159,6 +183,11 @@ class Ledger:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
+            for name, change in account.changed.items():
+                more = ", …" if change.count > len(change.examples) else ""
+                said = f"{change.count} rows {name}, {change.amount} {change.of}"
+                lines.append(f"  {said}: {', '.join(change.examples)}{more}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ A template with markers is taken at its word: its author says what trains, `trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,19 +25,17 @@ from typing import Any
 import numpy as np
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Chat
+from luthier.contracts.record import Chat, Source
+from luthier.data.advice import PROBE_TOOLS, advice
+from luthier.data.keep_reasoning import keeping
 from luthier.data.policy import MaskPolicy, checked_roles, forms, message_weights
-from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, unshown
+from luthier.data.proof import Turn, broken_controls, check_shown, check_turns, reasoned, unshown
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template
 from luthier.data.tokens import not_atomic
-from luthier.data.turns import Habits, NotProvable, TurnFinder, learn
+from luthier.data.turn_habits import THINK, Habits, NotProvable, learn
+from luthier.data.turns import TurnFinder
 from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
-
-_KEEP_REASONING: tuple[Mapping[str, Any], ...] = (
-    {"preserve_thinking": True}, {"keep_past_thinking": True}, {"clear_thinking": False},
-    {"truncate_history_thinking": False},
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +45,17 @@ class Masked:
     encoded: Encoded
     weights_T: np.ndarray
     turns: tuple[Turn, ...]
-    escaped: int = 0  # control strings of the content that were neutralised
-    unshown_reasoning: int = 0  # answers whose reasoning the template leaves out
+    escaped: int = 0  # control strings of the content: neutralised, or let through by `injection: allow`
+    reasoned: frozenset[int] = frozenset()  # trained messages that have reasoning
+    unshown: frozenset[int] = frozenset()  # those of them whose reasoning the template leaves out
 
     @property
     def text(self) -> str:
         return self.encoded.text
+
+    @property
+    def unshown_reasoning(self) -> int:
+        return len(self.unshown)
 
 
 class Masker:
@@ -61,7 +64,8 @@ class Masker:
     def __init__(
         self, template: Template, tokenizer: Any, policy: MaskPolicy | None = None, stop_ids: Sequence[int] = ()
     ) -> None:
-        self.template, self.policy = template, policy or MaskPolicy()
+        self.policy = policy or MaskPolicy()
+        self.template = keeping(template) if self.policy.thinking == "keep_all" else template
         self.vocabulary = Vocabulary(tokenizer, template.control_strings())
         self.tokenizer = tokenizer
         names = self.vocabulary.names
@@ -72,7 +76,7 @@ class Masker:
     def habits(self) -> Habits:
         """Learned on first use, with a tool where the template wants one; NotProvable where it cannot be followed."""
         failure: NotProvable | None = None
-        for tools in (None, _PROBE_TOOLS):
+        for tools in (None, PROBE_TOOLS):
             try:
                 return learn(self.template, self.vocabulary.pattern, self.stops, tools)
             except NotProvable as error:
@@ -94,10 +98,20 @@ class Masker:
         habits = self.habits_or_none
         return self.stops | habits.ends | ({habits.tag} if habits.tag else frozenset())
 
+    @cached_property
+    def call_ends(self) -> frozenset[str]:
+        """The control string that ends a tool call, seen on one; none where the template prints no calls."""
+        try:
+            masked = self.mask(_PROBE_CALL)
+        except DataError:
+            return frozenset()
+        trained = masked.encoded.ids_T[masked.weights_T > 0].tolist()
+        return frozenset([self.vocabulary.names[i] for i in trained if i in self.vocabulary.names][-1:])
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that generation must stop at: those given, and those that this mask trains as stops."""
-        return tuple(sorted(self.vocabulary.control[name] for name in self.closers))
+        return tuple(sorted(self.vocabulary.control[name] for name in self.closers | self.call_ends))
 
     def mask(self, chat: Chat) -> Masked:
         """Tokens and weights, or DataError with the row's place and the reason."""
@@ -114,25 +128,25 @@ class Masker:
                 error.token,
             ) from None  # fmt: skip
 
-    def trace(self, chat: Chat, *, prompt: bool = False, **variables: Any) -> tuple[Chat, Trace]:
+    def trace(self, chat: Chat, *, prompt: bool = False) -> tuple[Chat, Trace]:
         """The conversation in the form that the template takes, and its trace."""
-        template = replace(self.template, variables={**self.template.variables, **variables}) if variables else None
         failure: Exception | None = None
         for form in forms(chat):
             try:
                 found = trace(
-                    template or self.template, form.messages, form.tools,
+                    self.template, form.messages, form.tools,
                     add_generation_prompt=prompt, controls=self.vocabulary.pattern,
                 )  # fmt: skip
                 check_shown(form, found)
                 return form, found
             except (DataError, NotTraceable, NotProvable) as error:
-                failure = failure or error
+                if failure is None or _telling(error) > _telling(failure):
+                    failure = error
         assert failure is not None
         if isinstance(failure, DataError):
             raise DataError(
                 failure.what, where=f"{chat.source} ({self.template.name})", value=failure.value,
-                remedy=failure.remedy,
+                remedy=advice(self.template, chat) or failure.remedy,
             ) from None  # fmt: skip
         raise failure
 
@@ -145,6 +159,10 @@ class Masker:
         )  # fmt: skip
         if self.template.has_markers:
             turns, closing = self._marked_turns(chat, found, weights), ""
+            others = [0.0 if m["role"] == "assistant" else w for m, w in zip(chat.messages, weights, strict=True)]
+            if any(others):  # markers tell of answers only
+                finder = replace(finder, habits=self.habits_or_none)
+                turns = sorted([*turns, *self._derived_turns(finder, chat, others)[0]], key=lambda turn: turn.start)
         else:
             turns, closing = self._derived_turns(finder, chat, weights)
         check_turns(chat, found, turns)
@@ -156,34 +174,32 @@ class Masker:
             self._check_stop(chat, encoded, inside, turn)
         if len(weights_T):
             weights_T[0] = 0.0
-        return Masked(encoded, weights_T, tuple(turns), escaped, unshown(chat, found))
+        thought = [frozenset(i for i in which if weights[i]) for which in (reasoned(found), unshown(found))]
+        return Masked(encoded, weights_T, tuple(turns), escaped, *thought)
 
     def _traced(self, chat: Chat) -> tuple[Chat, Trace]:
-        if self.policy.thinking != "keep_all":
-            return self.trace(chat)
         form, found = self.trace(chat)
-        for variables in _KEEP_REASONING:
-            if not unshown(form, found):
-                break
-            form, found = self.trace(chat, **variables)
-        if unshown(form, found):
+        if self.policy.thinking == "keep_all" and (lost := unshown(found)):
             raise NotProvable(
-                "the template leaves out the reasoning of earlier answers", "data.mask.thinking: split | as_template"
+                f"the template leaves out the reasoning of message {min(lost)}, which keep_all asks for",
+                "write it into the content as <think>…</think>, or data.mask.thinking: as_template, which leaves it out"
+                if max(lost) == max(reasoned(found))  # not even the last answer keeps it
+                else "data.mask.thinking: split | as_template",
             )
         return form, found
 
     def encode(self, text: str, found: Trace, chat: Chat) -> tuple[Encoded, int]:
-        """Tokens of the text, control strings of content neutralised by policy, and how many there were."""
-        missing = broken_controls(text, found, self.tokenizer)
+        """Tokens of the text, control strings of content treated by policy, and how many there were."""
+        missing = broken_controls(text, found, self.tokenizer, self.vocabulary.added)
         if missing:
             raise not_atomic(missing, f"{chat.source} ({self.template.name})")
         encoded = self.vocabulary.encode(text)
         controls = self.vocabulary.controls(encoded)
-        if self.policy.injection == "allow" or not len(controls):
+        if not len(controls):
             return encoded, 0
-        drop = [i for i in controls if self._is_foreign(encoded, int(i), found, chat)]
-        if not drop:
-            return encoded, 0
+        drop = [i for i in found.inside(encoded, controls.tolist()) if self._is_foreign(encoded, i, found, chat)]
+        if not drop or self.policy.injection == "allow":
+            return encoded, len(drop)
         if self.policy.injection == "error":
             raise DataError(
                 "the content of a row holds control strings of the template", where=str(chat.source),
@@ -256,7 +272,8 @@ class Masker:
 
     def _check_stop(self, chat: Chat, encoded: Encoded, inside: np.ndarray, turn: Turn) -> None:
         """The last trained token that is not white space stops generation (a call may end with a token of its own)."""
-        calls = chat.messages[turn.message].get("tool_calls") or self.habits_or_none.tag
+        habits, calls = self.habits_or_none, chat.messages[turn.message].get("tool_calls")
+        stops = self.closers | (habits.openers if habits.tag else frozenset())
         if chat.messages[turn.message]["role"] != "assistant":
             return
         for i in np.flatnonzero(inside)[::-1]:
@@ -264,7 +281,7 @@ class Masker:
             if not token.strip():
                 continue
             name = self.vocabulary.names.get(int(encoded.ids_T[i]))
-            if name is None or (self.closers and name not in self.closers and not calls):
+            if name is None or THINK.fullmatch(name) or (stops and name not in stops and not calls):
                 break
             return
         raise NotProvable(
@@ -280,9 +297,18 @@ class Masker:
         )  # fmt: skip
 
 
-_PROBE_TOOLS = (
-    {"type": "function", "function": {"name": "probe", "description": "probe", "parameters": {
-        "type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}, "required": ["probe"],
-    }}},
+def _telling(failure: Exception) -> int:
+    """How much a failure says: that a part is dropped says more than that one form of the row is not taken."""
+    return 2 if isinstance(failure, NotProvable) else 1 if isinstance(failure, NotTraceable) else 0
+
+
+_CALLED = {"type": "function", "id": "probe0001", "function": {"name": "probe", "arguments": {"probe": "one"}}}
+_PROBE_CALL = Chat(
+    (
+        {"role": "user", "content": "probe one"}, {"role": "assistant", "content": "", "tool_calls": [_CALLED]},
+        {"role": "tool", "name": "probe", "tool_call_id": "probe0001", "content": "probe two"},
+        {"role": "assistant", "content": "probe three"},
+    ),
+    Source("probe", 1), PROBE_TOOLS, (0.0, 1.0, 0.0, 0.0),
 )  # fmt: skip
-_NO_HABITS = Habits("", "", frozenset(), frozenset(), "", "")
+_NO_HABITS = Habits("", "", "", frozenset(), frozenset(), "", "")

@@ -87,6 +87,10 @@ class ChosenSide:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        return getattr(self.encoder, "changes", {})
+
     def samples(self, record: Record) -> Sequence[Sample]:
         return self.encoder.samples(first_text(record))
 

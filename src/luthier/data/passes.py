@@ -26,7 +26,7 @@ import numpy as np
 from luthier.contracts.errors import DataError, LuthierError, raise_all
 from luthier.contracts.record import Source
 from luthier.contracts.step import Decision, Item, Room, RowStep, SetStep
-from luthier.data.applied import BATCH, added, batches, cache_name, decided, name_of, rows_through
+from luthier.data.applied import BATCH, added, batches, cache_name, decided, name_of, rows_through, with_words
 from luthier.data.faults import MOST_REASONS, Faults
 from luthier.data.ledger import Account
 from luthier.data.sources import SourceReader
@@ -196,7 +196,7 @@ class RowPass(PartPass):
 
     @cached_property
     def works(self) -> list[Any]:
-        return [step.work(self.own(name_of(step))) for step in self.steps]
+        return [with_words(step, step.work(self.own(name_of(step)))) for step in self.steps]
 
     def unit(self, name: str, report: Report) -> None:
         tallies = [Tally(name_of(step)) for step in self.steps]
@@ -230,7 +230,7 @@ class SketchPass(PartPass):
 
     @cached_property
     def sketcher(self) -> Any:
-        return self.step.sketch(self.own(name_of(self.step)))
+        return with_words(self.step, self.step.sketch(self.own(name_of(self.step))))
 
     def is_done(self, name: str) -> bool:
         return self.stage.about(sketch_name(name)) is not None

@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.data.template import REASONING_FIELDS, Template
+from luthier.data.vocabulary import Encoded
 
 _BASES = (0xF0000, 0x100000, 0xE000)  # private use: two supplementary planes, then the basic one
 _ROOM = {0xF0000: 0xFFFE, 0x100000: 0xFFFE, 0xE000: 0x18FE}
@@ -53,12 +57,23 @@ class Trace:
 
     def of(self, message: int) -> list[Span]:
         """Where each piece of a message stands first: GPT-OSS prints a call's name again before its result."""
+        return self._first.get(message, [])
+
+    def inside(self, encoded: Encoded, tokens: Sequence[int]) -> list[int]:
+        """Those of the tokens that have characters in common with any piece."""
+        begins = [span.start for span in self.spans]  # in order
+        reached = list(accumulate((span.end for span in self.spans), max))
+        places = zip(encoded.start_T[tokens].tolist(), encoded.end_T[tokens].tolist(), tokens, strict=True)
+        return [int(i) for start, end, i in places if (k := bisect_left(begins, end)) and reached[k - 1] > start]
+
+    @cached_property
+    def _first(self) -> dict[int, list[Span]]:
         seen: set[int] = set()
-        found = []
+        found: dict[int, list[Span]] = {}
         for span in self.spans:
-            if span.message == message and span.piece not in seen:
+            if span.piece not in seen:
                 seen.add(span.piece)
-                found.append(span)
+                found.setdefault(span.message, []).append(span)
         return found
 
 
@@ -104,6 +119,7 @@ class _Wrapper:
         self.base = _free_base(plain, messages)
         self.opening, self.closing = chr(self.base), chr(self.base + 1)
         self.pieces: list[tuple[int, str]] = []
+        self.outside: dict[int, tuple[str, str]] = {}  # piece -> what of it stands before and after its marks
         self.way = way
         self.controls = controls
 
@@ -164,8 +180,16 @@ class _Wrapper:
                 piece = code // 2 - 1
                 spans.append(Span(*self.pieces[piece], start, length, piece))
         out.append(marked[position:])
-        spans.sort(key=lambda span: (span.start, span.end))
-        return Trace("".join(out), tuple(spans), tuple(sorted(generated)), tuple(self.pieces))
+        text = "".join(out)
+        spans = sorted((self._with_tags(span, text) for span in spans), key=lambda span: (span.start, span.end))
+        return Trace(text, tuple(spans), tuple(sorted(generated)), tuple(self.pieces))
+
+    def _with_tags(self, span: Span, text: str) -> Span:
+        """The span with the tags of its piece that were left outside the marks, where the text has them."""
+        before, after = self.outside.get(span.piece, ("", ""))
+        start = span.start - len(before) if text[: span.start].endswith(before) else span.start
+        end = span.end + len(after) if text.startswith(after, span.end) else span.end
+        return replace(span, start=start, end=end)
 
     def _mark(self, index: int, kind: str, text: str) -> str:
         """`text` between marks, its outer white space left outside."""
@@ -182,7 +206,7 @@ class _Wrapper:
     def _content(self, index: int, value: Any, role: str) -> Any:
         if isinstance(value, (list, tuple)):
             return [
-                {**part, "text": self._mark(index, "content", part["text"])}
+                {**part, "text": self._content(index, part["text"], role)}
                 if isinstance(part, Mapping) and isinstance(part.get("text"), str)
                 else part
                 for part in value
@@ -198,7 +222,10 @@ class _Wrapper:
         if self.way != "without reasoning":
             opened = head.rfind("<think>")
             keep = 0 if opened < 0 else opened + len("<think>")
-            head = head[:keep] + self._mark(index, "reasoning", head[keep:])
+            before = self.stray(index, head[:opened]) + "<think>" if keep else ""
+            head = before + self._mark(index, "reasoning", head[keep:])
+        else:
+            head = self.stray(index, head)
         return f"{head}</think>{self._mark(index, 'content', tail)}"
 
     def _outside_tags(self, index: int, value: str) -> str:
@@ -207,16 +234,24 @@ class _Wrapper:
         trailing = _TRAILING_TAG.search(value)
         start = leading.end() if leading else 0
         end = trailing.start() if trailing else len(value)
-        if start >= end:
-            return value
+        if start >= end or not value[start:end].strip():
+            return self.stray(index, value)
+        core = value[start:end].strip()
+        self.outside[len(self.pieces)] = (
+            value[: value.index(core, start)],
+            value[value.index(core, start) + len(core) :],
+        )
         return value[:start] + self._mark(index, "content", value[start:end]) + value[end:]
 
     def _reasoning(self, index: int, value: str) -> str:
-        return value if self.way == "without reasoning" else self._mark(index, "reasoning", value)
+        if self.way == "without reasoning":
+            return str(self.stray(index, value))
+        return self._mark(index, "reasoning", value)
 
     def _call(self, index: int, call: Mapping[str, Any]) -> dict[str, Any]:
         made = {key: self.stray(index, item) for key, item in call.items() if key != "function"}
-        function = dict(call.get("function") or {})
+        function = {key: self.stray(index, item) for key, item in (call.get("function") or {}).items()}
+        function |= {key: call["function"][key] for key in ("name", "arguments") if key in function}
         if isinstance(function.get("name"), str):
             function["name"] = self._mark(index, "name", function["name"])
         if "arguments" in function:
@@ -227,7 +262,7 @@ class _Wrapper:
         if isinstance(value, str):
             return self._mark(index, "argument", value)
         if isinstance(value, Mapping):
-            return {key: self._arguments(index, item) for key, item in value.items()}
+            return {self.stray(index, key): self._arguments(index, item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._arguments(index, item) for item in value]
         return value

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from luthier.contracts.record import Completion, Judged, Pair, Record, Text
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
 from luthier.data.endpoint import Question
-from luthier.data.texts import Said
+from luthier.data.texts import Said, answer, prompt
 
 BEST = 5
 RUBRIC = """\
@@ -83,6 +83,8 @@ def shown(record: Record) -> tuple[list[Said], str]:
         return [], record.text
     if isinstance(record, Completion):
         return [("request", record.prompt)], record.completion
+    if not isinstance(record, Chat):
+        return [("request", prompt(record))], answer(record)
     last = max((i for i, one in enumerate(record.messages) if one["role"] == "assistant"), default=len(record.messages))
     before = [("tools", json.dumps(list(record.tools), ensure_ascii=False))] if record.tools else []
     for message in record.messages[:last]:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.contracts.errors import DataError
 from luthier.data import templates
+from luthier.data.sandbox import QuickSandbox
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest known is below 60,000
 LONGEST_RENDER = 1 << 25
@@ -43,6 +44,7 @@ ALLOWED_VARIABLES = frozenset(
     ]
 )  # fmt: skip
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_REASONING = frozenset(REASONING_FIELDS)
 _MARKS = "luthier_marks"  # render variable: (opening, closing) around each generation block
 # what a special token can look like; `tokens.py` decides which of them must be atomic
 MARKUP = re.compile(
@@ -65,6 +67,7 @@ class Template:
     tool_use: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
+    override: str = ""  # what overrides.py changed in the text, and why
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.variables) - ALLOWED_VARIABLES)
@@ -75,6 +78,11 @@ class Template:
             )  # fmt: skip
         compiled = [_compile(text, self.name, self.now) for text in (self.text, self.tool_use) if text is not None]
         object.__setattr__(self, "_compiled", compiled)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process as text; it is compiled there."""
+        fields = (self.text, dict(self.special), self.name, self.tool_use, dict(self.variables), self.now)
+        return partial(Template, override=self.override), fields
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -102,11 +110,10 @@ class Template:
         parts: list[str] = []
         length = 0
         try:
-            for part in which.generate(
-                messages=[_alias_reasoning(message) for message in messages],
-                tools=list(tools) if tools else None, documents=None,
-                add_generation_prompt=add_generation_prompt, **shown,
-            ):  # fmt: skip
+            shown["messages"] = [_alias_reasoning(message) for message in messages]
+            shown["tools"], shown["documents"] = list(tools) if tools else None, None
+            shown["add_generation_prompt"] = add_generation_prompt
+            for part in which.root_render_func(which.new_context(shown)):
                 parts.append(part)
                 length += len(part)
                 if length > LONGEST_RENDER:
@@ -220,6 +227,8 @@ def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _alias_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """As transformers does: keys that are None are absent; reasoning is found under all of its names."""
+    if type(message) is dict and _REASONING.isdisjoint(message) and None not in message.values():
+        return message
     shown = {key: value for key, value in message.items() if value is not None}
     reasoning = next((shown[key] for key in REASONING_FIELDS if key in shown), None)
     if reasoning is not None:
@@ -244,7 +253,7 @@ class _Generation(jinja2.ext.Extension):
         return f"{marks[0]}{text}{marks[1]}" if marks else text
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(QuickSandbox):
     """The sandbox, with repetition and powers capped: `'x' * 10**12` is refused before memory is asked for."""
 
     intercepted_binops = frozenset({"*", "**"})
@@ -312,11 +321,14 @@ def _compile(text: str, name: str, now: datetime) -> jinja2.Template:
             remedy=f"at most {LONGEST_TEMPLATE}",
         )  # fmt: skip
     try:
-        return _environment(now).from_string(text)
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
+        compiled = _environment(now).from_string(text)
+        compiled.globals = dict(compiled.globals)  # a chain of dictionaries is slow, and each render reads all of it
+        return compiled
+    except Exception as error:  # noqa: BLE001 - jinja's own, and those of Python on what jinja compiled it to
+        line = getattr(error, "lineno", None) if isinstance(error, TemplateError) else None
         raise DataError(
-            "the chat template does not parse", where=f"{name}:{line}" if line else name, value=error.message,
+            "the chat template does not parse", where=f"{name}:{line}" if line else name,
+            value=getattr(error, "message", None) or f"{type(error).__name__}: {error}",
             remedy="mend it, or give another in model.chat_template",
         ) from None  # fmt: skip
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -30,9 +30,13 @@ def must_be_atomic(text: str) -> bool:
     return text.startswith(("<|", "<｜", "[|")) or text.endswith("|>") or bool(_SEQUENCE_TAG.fullmatch(text))
 
 
-def missing_tokens(texts: Iterable[str], tokenizer: Any) -> list[str]:
-    """Control strings in the texts that must be single tokens of the tokenizer and are not, in order of appearance."""
-    known = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
+def missing_tokens(texts: Iterable[str], tokenizer: Any, known: Collection[str] | None = None) -> list[str]:
+    """Control strings in the texts that must be single tokens of the tokenizer and are not, in order of appearance.
+
+    `known`: the added tokens, where the caller has them at hand.
+    """
+    if known is None:
+        known = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
     found: dict[str, None] = {}
     for text in texts:
         for candidate in MARKUP.findall(text):

@@ -10,156 +10,25 @@ cut at whole control tokens, never inside `<|`. What then stands between start a
 thinking marks, or template text without a turn opener; otherwise the row is refused.
 
 End: the first stop token after the turn's last piece and before the next turn's opener. Which tokens close and open
-turns is learned once per template from four small renders (`learn`): `ends` close an answer that a user turn follows,
-`openers` begin turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
+turns is learned once per template (turn_habits.py): `ends` close an answer that a user turn follows, `openers` begin
+turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
 tag: then that tag is trained, and an answer that ends the conversation gets the tag (`closing`) appended.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.data.provenance import NotTraceable, Trace, trace
 from luthier.data.template import Template, in_parts
+from luthier.data.turn_habits import ANSWER, THINK, Habits, Message, NotProvable, aligned, atomic_prefix
 
-Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]] | None
-_THINK = re.compile(
-    r"</?think(ing)?>|\[/?THINK\]|<\|(START|END)_THINKING\|>|<seed:think>|</seed:think>|◁/?think▷|<\|channel>thought|<channel\|>"
-)
-_USER, _ANSWER = "probe one", "probe two"
-
-
-class NotProvable(Exception):
-    """The mask of this row cannot be shown to be right; `reason` is for people."""
-
-    def __init__(self, reason: str, remedy: str | None = None) -> None:
-        self.reason, self.remedy = reason, remedy
-        super().__init__(reason)
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What a template does around turns, learned from its renders. All of them strings of the text."""
-
-    header: str  # what a generation prompt adds to a closed user turn
-    lead: str  # what stands between that and a plain answer
-    openers: frozenset[str]  # control strings that begin a turn
-    ends: frozenset[str]  # control strings that close an answer
-    closing: str  # text appended where the last answer has no stop token; "" = never
-    tag: str  # the opener that ends an answer in families without a closing token; "" = they have one
-
-
-def atomic_prefix(one: str, other: str, controls: re.Pattern[str]) -> int:
-    """Length of the common prefix that cuts no control string of either text."""
-    n = _common(one, other)
-    moved = True
-    while moved:
-        moved = False
-        for text in (one, other):
-            for found in controls.finditer(text, 0, min(len(text), n + 128)):
-                if found.start() < n < found.end():
-                    n, moved = found.start(), True
-    return n
-
-
-def _common(one: str, other: str) -> int:
-    """Length of the common prefix, by characters."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # slices compare in C, so halving beats a loop
-        middle = (low + high + 1) // 2
-        if one[:middle] == other[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def learn(template: Template, controls: re.Pattern[str], stops: Collection[str], tools: Tools = None) -> Habits:
-    """The habits of a template, or NotProvable. `stops` are the stop tokens of tokenizer and generation config."""
-    user = {"role": "user", "content": _USER}
-    answer = {"role": "assistant", "content": _ANSWER}
-    try:
-        first, asked = _around(template, [user], tools, prompt=False)
-        between, last = _around(template, [user, answer], tools, prompt=False)
-        texts = _Texts(
-            first=first, asked=asked, between=between, last=last,
-            prompted=_around(template, [user], tools, prompt=True)[1],
-            history=_around(template, [user, answer, user], tools, prompt=False)[0],
-        )  # fmt: skip
-    except (NotTraceable, DataError) as error:
-        reason = error.reason if isinstance(error, NotTraceable) else str(error.value or error.what)
-        raise NotProvable(f"a plain exchange of user and assistant cannot be followed: {reason}") from None
-    return _habits(controls, frozenset(stops), texts)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """What a template prints around the content of small conversations."""
-
-    first: str  # before a question that begins
-    asked: str  # after a question that ends, without a generation prompt
-    prompted: str  # the same with one
-    between: str  # from a question to its answer
-    last: str  # after an answer that ends
-    history: str  # from an answer to the next question
-
-
-def _habits(controls: re.Pattern[str], stops: frozenset[str], texts: _Texts) -> Habits:
-    first, asked, prompted, history, last = texts.first, texts.asked, texts.prompted, texts.history, texts.last
-    names = controls.findall
-    kept = atomic_prefix(asked, prompted, controls)
-    common = history[: atomic_prefix(history, last, controls)]
-    closer = names(asked[:kept])[:1]
-    ends = {name for name in names(common) if name in stops} or {name for name in names(common) if [name] == closer}
-    ends = ends or set(names(common)[-1:])
-    if not ends:  # the last turn ends otherwise than the others, or without a token
-        ends = {name for name in names(last) if name in stops} or set(names(last)[-1:])
-        if closer and names(history)[:1] == closer:
-            ends |= set(closer)
-        if not ends:  # what stands in history before the question's own header
-            cut = len(history) - _common(history[::-1], first[::-1])
-            ends = set([found.group() for found in controls.finditer(history) if found.start() < cut][-1:])
-    header = prompted[kept:]
-    if not header and closer and closer[0] in ends:  # the answer's header stands there with and without a prompt
-        header = asked[asked.index(closer[0]) + len(closer[0]) :]
-    seen = names(history)
-    after = next((i + 1 for i, name in enumerate(seen) if name in ends or name in stops), 0)
-    openers = set(seen[after : after + 1]) | set(names(header)[:1]) | set(names(first)[:1])
-    closing = ""
-    if seen and not names(last):
-        found = next(controls.finditer(history))
-        closing = history[len(common) : found.end()] if last == common else found.group()
-    return Habits(
-        header=header,
-        lead=texts.between[atomic_prefix(texts.between, prompted, controls) :],
-        openers=frozenset(openers - ends),
-        ends=frozenset(ends),
-        closing=closing,
-        tag=seen[0] if seen and not after else "",
-    )
-
-
-def _around(template: Template, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> tuple[str, str]:
-    """Text between the last two pieces of content (or before the only one), and after the last."""
-    failure: Exception | None = None
-    for shown in (messages, in_parts(messages)):
-        try:
-            found = trace(template, shown, tools, add_generation_prompt=prompt)
-        except (DataError, NotTraceable) as error:
-            failure = failure or error
-            continue
-        spans = [span for span in found.spans if span.kind == "content"]
-        if len(spans) == len(messages):
-            before = spans[-2].end if len(spans) > 1 else 0
-            return found.text[before : spans[-1].start], found.text[spans[-1].end :]
-        failure = failure or NotTraceable("it does not print the content of every message once")
-    assert failure is not None
-    raise failure
+_RESULT = "probe result"
 
 
 @dataclass
@@ -173,9 +42,19 @@ class TurnFinder:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None
     whole: Trace
+    known: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # the bounds asked for so far
+
+    def _with(self, messages: Sequence[Message], whole: Trace) -> TurnFinder:
+        """The same for another conversation; made anew, so that nothing found in this one goes along."""
+        return TurnFinder(self.template, self.controls, self.stops, self.habits, messages, self.tools, whole)
 
     def bounds(self, index: int) -> tuple[int, int, int, int]:
         """(end of the content before, first and last character of the message's own pieces, next content)."""
+        if index not in self.known:
+            self.known[index] = self._bounds(index)
+        return self.known[index]
+
+    def _bounds(self, index: int) -> tuple[int, int, int, int]:
         own = self.whole.of(index)
         text = self.whole.text
         others = [span for span in self.whole.spans if span.message != index]
@@ -192,43 +71,70 @@ class TurnFinder:
         """Where what the model writes begins. `with_prompt`: also what the prompt supplies after the role header."""
         text = self.whole.text
         before, first, _, _ = self.bounds(index)
-        empty = not self.whole.of(index)
+        if not self.whole.of(index):
+            return self._empty_start(index, with_prompt)
         try:
             prompt = self.template.render(self.messages[:index], self.tools, True)
         except DataError:
             prompt = None
         if prompt is not None and not with_prompt and text.startswith(prompt) and before <= len(prompt) <= first:
-            return len(prompt) if empty else self._checked(index, len(prompt), first)
+            return self._checked(index, len(prompt), first)
         header = self._header(index, prompt)
         region = text[before:first]
-        if empty:
-            return before + self._empty_start(index, region, header)
         if header is not None:
-            thought = _THINK.search(header)
-            role = header[: thought.start()] if thought else header
+            role = self._role(header)
             if with_prompt:
                 header = role
-            shared = atomic_prefix(region, header, self.controls)
-            if shared >= len(role.rstrip()) or not region[shared:].strip():
-                return self._checked(index, before + shared, first)
-            aligned = _aligned(region, header) or _aligned(region, role)
-            if aligned is not None:
-                return self._checked(index, before + aligned, first)
+            shared, matched = atomic_prefix(region, header, self.controls), aligned(region, header)
+            left = THINK.sub("", region[shared:]).strip()
+            if shared >= len(role.rstrip()) or not left:
+                self._check_prompt(index, header[shared:])
+                return self._checked(index, before + max(shared, matched or 0), first)
+            matched = matched or aligned(region, role)
+            if matched is not None:
+                return self._checked(index, before + matched, first)
         known = self.habits.header.strip()
         if known and (at := region.rfind(known)) >= 0 and not region[at + len(known) :].strip():
-            return self._checked(index, before + at + len(known), first)
+            more = Counter(self.controls.findall(header or "")) - Counter(self.controls.findall(region))
+            self._check_prompt(index, "".join(more))
+            return self._checked(index, before + at + (aligned(region[at:], self.habits.header) or len(known)), first)
         raise NotProvable(
             f"what the generation prompt supplies before message {index} is not found in the rendered conversation"
         )
 
-    def _empty_start(self, index: int, region: str, header: str | None) -> int:
-        """An empty answer begins where its whole header ends; nothing less is taken."""
-        if header:
-            if region.startswith(header):
-                return len(header)
-            if (aligned := _aligned(region, header)) is not None:
-                return aligned
-        raise NotProvable(f"message {index} is empty, and its place in the rendered conversation cannot be shown")
+    def _check_prompt(self, index: int, rest: str) -> None:
+        """What only the prompt has, and not the row, must not end a turn: then inference is not what was trained."""
+        for name in self.controls.findall(rest):
+            if name in self.habits.ends or name in self.stops:
+                raise NotProvable(f"the generation prompt before message {index} has {name}, which the row has not")
+
+    def _role(self, header: str) -> str:
+        """The part of a header that an answer must begin with: up to thinking marks, or as plain answers have it."""
+        thought = THINK.search(header)
+        role = header[: thought.start()] if thought else header
+        at = role.rfind(self.habits.role) if self.habits.role.strip() else -1
+        return role if at < 0 else role[: at + len(self.habits.role)]
+
+    def _empty_start(self, index: int, with_prompt: bool) -> int:
+        """An empty answer begins where it would with a word in it, if the text without the word is the same."""
+        filled: list[Message] = list(self.messages)
+        filled[index] = {**filled[index], "content": ANSWER}
+        if any(isinstance(message.get("content"), list) for message in self.messages):
+            filled[index] = in_parts([filled[index]])[0]
+        try:
+            whole = trace(self.template, filled, self.tools)
+        except (DataError, NotTraceable):
+            whole = None
+        if whole is not None and (own := whole.of(index)):
+            start = self._with(filled, whole).start(index, with_prompt=with_prompt)
+            rest = whole.text[start : own[0].start] + whole.text[own[-1].end :]
+            same = "".join(rest.split()) == "".join(self.whole.text[start:].split())
+            if same and whole.text[:start] == self.whole.text[:start]:
+                return start
+        raise NotProvable(
+            f"message {index} is empty, and its place in the rendered conversation cannot be shown",
+            "fill it in, or take the row out",
+        )
 
     def _header(self, index: int, prompt: str | None) -> str | None:
         """What the generation prompt has after its last piece of content."""
@@ -246,7 +152,7 @@ class TurnFinder:
         for name in self.controls.findall(rest):
             if name in self.habits.openers:
                 raise NotProvable(f"the turn header {name} before message {index} would be trained")
-        if not self.habits.header and _THINK.sub("", self.habits.lead).strip():
+        if not self.habits.header.strip() and THINK.sub("", self.habits.lead).strip():
             raise NotProvable(
                 "the template has no generation prompt, so what inference supplies is not known",
                 "add {% if add_generation_prompt %} to the template",
@@ -259,6 +165,7 @@ class TurnFinder:
         _, _, last, after = self.bounds(index)
         if not self.whole.of(index):
             last = self.start(index)
+        self._check_one_turn(index)
         closer: int | None = None
         for found in self.controls.finditer(text, last, after):
             name = found.group()
@@ -268,13 +175,15 @@ class TurnFinder:
                 break
             closer = found.end()
         else:
-            if after == len(text) and self.habits.closing:
-                return len(text), self.habits.closing
+            if after == len(text) and (added := self._added_end(index)) is not None:
+                return added
             closer = None
         if self.habits.tag:
             closer = self._tag_end(index, last, after)
         elif not self.messages[index].get("tool_calls"):
             closer = None  # only a call may end otherwise than an answer: <|eom_id|>, <|call|>
+        elif closer is None:
+            closer = self._call_end(index, last, after)
         if closer is not None:
             return closer, ""
         if not required:
@@ -284,14 +193,65 @@ class TurnFinder:
             "write {{ eos_token }} after the assistant's content in model.chat_template",
         )
 
-    def _tag_end(self, index: int, last: int, after: int) -> int | None:
-        """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+    def _check_one_turn(self, index: int) -> None:
+        """The words of a message must not stand behind its call as a turn of their own, for a call ends generation."""
+        own = self.whole.of(index)
+        called = max((span.end for span in own if span.kind in ("name", "argument")), default=None)
+        spoken = max((span.start for span in own if span.kind == "content"), default=-1)
+        if called is None or spoken < called:
+            return
+        for found in self.controls.finditer(self.whole.text, called, spoken):
+            if found.group() in self.stops or found.group() in self.habits.ends:
+                raise NotProvable(
+                    f"the template prints the words of message {index} as a turn of their own behind its call",
+                    "take them out of that turn, or name another template in model.chat_template",
+                )
+
+    def _added_end(self, index: int) -> tuple[int, str] | None:
+        """The end of a turn that ends the text without a stop token: a call ends as it does before its result."""
+        text = self.whole.text
+        if self.messages[index].get("tool_calls"):
+            result = {"role": "tool", "content": _RESULT}
+            call = self.messages[index]["tool_calls"][0]
+            result |= {"tool_call_id": call["id"]} if "id" in call else {}
+            name = (call.get("function") or {}).get("name")
+            messages = [*self.messages, result | ({"name": name} if name else {})]
+            try:
+                whole = trace(self.template, messages, self.tools)
+                if whole.text.startswith(text):
+                    end, _ = self._with(messages, whole).end(index)
+                    return min(end, len(text)), whole.text[len(text) : end]
+            except (DataError, NotTraceable, NotProvable):
+                pass
+            if self.habits.tag:
+                return None
+        return (len(text), self.habits.closing) if self.habits.closing else None
+
+    def _alone_tail(self, index: int, last: int) -> str | None:
+        """What follows the content of a turn where the conversation ends with it."""
         try:
             alone = trace(self.template, self.messages[: index + 1], self.tools)
         except (DataError, NotTraceable):
             return None
         own = alone.of(index)
-        tail = alone.text[max(span.end for span in own) :] if own else ""
+        if own:
+            return alone.text[max(span.end for span in own) :]
+        return alone.text[last:] if alone.text[:last] == self.whole.text[:last] else None
+
+    def _call_end(self, index: int, last: int, after: int) -> int | None:
+        """The end of the last control string that a call prints whether or not its result follows."""
+        tail = self._alone_tail(index, last)
+        if tail is None:
+            return None
+        region = self.whole.text[last:after]
+        both = region[: atomic_prefix(region, tail, self.controls)]
+        return max((last + found.end() for found in self.controls.finditer(both)), default=None)
+
+    def _tag_end(self, index: int, last: int, after: int) -> int | None:
+        """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
+        tail = self._alone_tail(index, last)
+        if tail is None:
+            return None
         for found in self.controls.finditer(tail):
             if found.group() in self.habits.ends or found.group() in self.stops:  # only a last answer has it
                 tail = tail[: found.start()]
@@ -301,20 +261,3 @@ class TurnFinder:
         tag = self.controls.search(self.whole.text, last + len(tail), after)
         between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
         return tag.end() if tag and not between.strip() else None
-
-
-def _aligned(region: str, header: str) -> int | None:
-    """Where `header` ends in `region` if the region begins with it but for white space."""
-    wanted = "".join(header.split())
-    if not wanted:
-        return None
-    at = 0
-    for position, letter in enumerate(region):
-        if letter.isspace():
-            continue
-        if letter != wanted[at]:
-            return None
-        at += 1
-        if at == len(wanted):
-            return position + 1
-    return None

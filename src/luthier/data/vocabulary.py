@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from luthier.contracts.errors import DataError
 from luthier.data.template import MARKUP
+from luthier.data.words import QuickWords, quick_words
 
 Ints = np.ndarray  # int64 (T,)
 
@@ -43,6 +44,7 @@ class Encoded:
     ids_T: Ints
     start_T: Ints
     end_T: Ints
+    joined: bool = False  # each token begins where the one before ends, and none is empty
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -53,6 +55,13 @@ class Encoded:
         White space decides nothing: `▁Hello` over the edge of "ASSISTANT: |Hello" is inside, `\\n\\n` over the start
         is outside. A token with visible characters on both sides raises StraddleError.
         """
+        if self.joined:
+            first, last = np.searchsorted(self.start_T, (start, end)).tolist()
+            at = (self.start_T[first] if first < len(self) else -1, self.end_T[last - 1] if last else -1)
+            if at == (start, end):
+                whole = np.zeros(len(self), dtype=bool)
+                whole[first:last] = True
+                return whole
         chosen: np.ndarray = (self.start_T >= start) & (self.end_T <= end) & (self.start_T < end)
         crossing = np.flatnonzero(
             (self.end_T > self.start_T)
@@ -99,8 +108,7 @@ class Vocabulary:
         self.control = {
             text: index
             for text, index in self.added.items()
-            if text.strip() and text != tokenizer.unk_token
-            and (text in special or text in known or MARKUP.fullmatch(text))
+            if text.strip() and (text in special or text in known or MARKUP.fullmatch(text))
         }  # fmt: skip
         self.size = max([len(tokenizer), *(index + 1 for index in self.added.values())])
         self._is_control = np.zeros(self.size, dtype=bool)
@@ -108,6 +116,7 @@ class Vocabulary:
         self.names = {index: text for text, index in self.control.items()}
         longest_first = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.unknown: int | None = self.added.get(str(tokenizer.unk_token))
         self._twins: tuple[Tokenizer, Tokenizer] | None = None
         self._check_round_trip()
 
@@ -130,12 +139,23 @@ class Vocabulary:
             self.backend.no_padding()
         if self.backend.encode_special_tokens:
             self.backend.encode_special_tokens = False
+        if self.quick is not None and (found := self.quick.encode(text)) is not None:
+            return Encoded(text, *found[:3], joined=found[3])
         made = self.backend.encode(text, add_special_tokens=False)
         return self._encoded(text, made.ids, made.offsets)
 
+    @cached_property
+    def quick(self) -> QuickWords | None:
+        """The same ids and characters word by word, where the tokenizer is of a kind that allows it (words.py)."""
+        return quick_words(self.tokenizer)
+
     def controls(self, encoded: Encoded) -> Ints:
-        """Positions of control tokens."""
-        return np.flatnonzero(self._is_control[encoded.ids_T])
+        """Positions of control tokens. The unknown token is one only where it was written out."""
+        found = np.flatnonzero(self._is_control[encoded.ids_T])
+        if self.unknown is None or not (encoded.ids_T[found] == self.unknown).any():
+            return found
+        written = [self._written(encoded, int(i)) or int(encoded.ids_T[i]) != self.unknown for i in found]
+        return found[np.asarray(written, dtype=bool)]
 
     def encode_neutral(self, encoded: Encoded, drop: Ints) -> Encoded:
         """The same text with the control tokens at positions `drop` encoded as the characters they are written in."""
@@ -143,7 +163,7 @@ class Vocabulary:
         kept = controls[~np.isin(controls, drop)]
         every = self._sections(encoded, controls)
         made = self._sections(encoded, kept)
-        left = int(self._is_control[made.ids_T].sum())
+        left = len(self.controls(made))
         if not np.array_equal(every.ids_T, encoded.ids_T) or left != len(kept):
             raise DataError(
                 "control strings in the content cannot be neutralised with this tokenizer",
@@ -152,6 +172,9 @@ class Vocabulary:
                 remedy="remove them from the row, or set data.injection: error | allow",
             )  # fmt: skip
         return made
+
+    def _written(self, encoded: Encoded, i: int) -> bool:
+        return encoded.text[encoded.start_T[i] : encoded.end_T[i]].strip() == self.tokenizer.unk_token
 
     def _sections(self, encoded: Encoded, kept: Ints) -> Encoded:
         """Encode between the kept control tokens with the twin that knows no added tokens."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from luthier.contracts.errors import LuthierError, RecipeError
+from luthier.recipe import mask_aliases
 from luthier.recipe.document import Document, Steps, dotted
 from luthier.recipe.forms import has, look
 
@@ -41,10 +42,6 @@ def _targets(value: Any) -> Any:
     if isinstance(value, str):
         return "all-linear" if value in {"all", "all-linear"} else [part.strip() for part in value.split(",")]
     return value
-
-
-def _roles(value: Any) -> Any:
-    return {True: ["system", "user", "assistant"], False: ["assistant"]}[value] if isinstance(value, bool) else value
 
 
 def _files(value: Any) -> Any:
@@ -94,7 +91,8 @@ PEERS: dict[str, tuple[str, Read]] = {
     "load_in_4bit": ("model.quantization", _when_true("nf4", "none")),
     "load_in_8bit": ("model.quantization", _when_true("int8", "none")),
     "quantization_bit": ("model.quantization", _bits),
-    "chat_template": ("model.chat_template", _same),
+    "chat_template": ("model.chat_template", mask_aliases.template),
+    "chat_template_jinja": ("model.chat_template", _same),
     "add_tokens": ("model.add_tokens", _same),
     **dict.fromkeys(("dataset", "datasets", "dataset_path", "train_file", "train_dataset", "data_path"),
                     ("data.train", _files)),
@@ -103,8 +101,9 @@ PEERS: dict[str, tuple[str, Read]] = {
     **dict.fromkeys(("cutoff_len", "max_length", "max_seq_length", "max_seq_len", "sequence_len"),
                     ("data.max_tokens", _same)),
     **dict.fromkeys(("packing", "sample_packing", "neat_packing"), ("data.packing", _when_true("forest", "none"))),
-    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), ("data.mask.roles", _roles)),
-    "roles_to_train": ("data.mask.roles", _same),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt", "roles_to_train"), ("data.mask.roles", mask_aliases.roles)),
+    "assistant_only_loss": ("data.mask.roles", mask_aliases.only_answers),
+    "loss_scale": ("data.mask.roles", mask_aliases.loss_scale),
     "mask_history": ("data.mask.last_turn_only", _same),
     **dict.fromkeys(("finetuning_type", "adapter", "tuner_type", "train_type"), ("method.name", _same)),
     **dict.fromkeys(("lora_r", "lora_rank"), ("method.r", _same)),
@@ -151,6 +150,7 @@ PEERS: dict[str, tuple[str, Read]] = {
 _VALUES: dict[str, Read] = {
     "model.dtype": DTYPES, "train.schedule": SCHEDULES, "train.optimizer": OPTIMIZERS,
     "engine.precision": PRECISIONS, "data.packing": _when_true("forest", "none"),
+    "model.chat_template": mask_aliases.template,
 }  # fmt: skip
 
 _NAMED_LISTS = ("regularizers",)
@@ -223,12 +223,25 @@ def _one(document: Document, steps: Steps, notes: list[str], errors: list[Luthie
     elif key in _DROPPED and place in ((), ("train",), ("data",)):
         del look(document.data, place)[key]
         notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
+    elif key in mask_aliases.SETTLED and place in ((), ("data",), ("data", "mask")):
+        _settled(document, place, key, where, notes, errors)
     elif key in PEERS:
         target: Steps = tuple(PEERS[key][0].split("."))
         if target[0] in _NAMED_LISTS:
             _join(document, steps, target, notes, errors)
         elif target[: len(place)] == place and target != steps:
             _rename(document, steps, target, notes, errors)
+
+
+def _settled(
+    document: Document, place: Steps, key: str, where: str, notes: list[str], errors: list[LuthierError]
+) -> None:
+    """A setting of a peer that is met for some values: dropped with the reason, or refused with the way out."""
+    value, rule = look(document.data, place).pop(key), mask_aliases.SETTLED[key]
+    if not rule.remedies or value in rule.met:
+        notes.append(f"{where}: `{key}: {_shown(value)}` is left out: {rule.note}")
+    else:
+        errors.append(RecipeError(f"`{key}` has no counterpart", where=where, value=value, remedy=rule.remedy(value)))
 
 
 def _rename(document: Document, steps: Steps, target: Steps, notes: list[str], errors: list[LuthierError]) -> None:

@@ -121,13 +121,23 @@ class DataSection(Section):
     max_tokens: Int = _field(
         2048, "Longest sequence; memory grows with it, rows beyond it go by `overlong`.", unit="tokens", ge=8
     )
-    overlong: Literal["drop", "truncate_left", "truncate_right", "split", "error"] = _field(
-        "drop", "Rows beyond max_tokens; drop counts them in the ledger, split makes several rows of a text."
+    overlong: Literal["drop", "truncate_left", "truncate_right", "truncate_turns", "split", "error"] = _field(
+        "drop",
+        "Rows beyond max_tokens; drop counts them in the ledger, truncate_turns leaves out the oldest exchanges, "
+        "split makes several rows.",
     )
     packing: Literal["forest", "none"] = _field(
         "forest", "forest packs rows without padding and without contamination; none runs each row alone (slow)."
     )
     mask: MaskSection = _field(MaskSection(), "Which tokens are trained.")
+    workers: Literal["auto"] | Annotated[int, Strict(), Field(ge=0, le=512)] = _field(
+        "auto", "Processes that encode rows; auto: one for each 16 MiB of files, at most one a core; 0: the run's own.",
+        unit="processes",
+    )  # fmt: skip
+    cache: Literal["auto", "off"] | Annotated[float, Strict(), Field(gt=0)] = _field(
+        "auto", "Keep encoded rows for later runs: auto from 4 MiB on, in a tenth of the disk; a number: all, in that.",
+        unit="GiB",
+    )  # fmt: skip
     steps: tuple[dict[str, Any], ...] = _field(
         (), "What happens to the rows before training, in this order: names of steps, or mappings with their fields."
     )

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
+from luthier.contracts.record import Chat, Completion, Judged, Pair, Prompt, Record, Segments, Stepwise, Text
 from luthier.contracts.step import Item, Outcome, Room, RowStep, RowWork, each, keep, leave
 from luthier.data import repairs
-from luthier.data.texts import rewritten
+from luthier.data.texts import rewritten, whole
 
 EMPTY = "no answer after cleaning"
 _Repair = Callable[[str], str]
@@ -129,5 +129,7 @@ def _is_empty(record: Record) -> bool:
         return not record.completion.strip()
     if isinstance(record, Text):
         return not record.text.strip()
+    if not isinstance(record, Chat):
+        return isinstance(record, Prompt | Stepwise | Segments) and not whole(record).strip()
     last = next((message for message in reversed(record.messages) if message["role"] == "assistant"), None)
     return last is not None and not last.get("tool_calls") and not str(last.get("content") or "").strip()

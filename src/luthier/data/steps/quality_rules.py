@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.contracts.errors import RecipeError
-from luthier.contracts.record import Chat, Judged, Pair, Record, Text
+from luthier.contracts.record import Chat, Judged, Pair, Record
 from luthier.contracts.step import Item, Outcome, Room, RowStep, RowWork, each, keep, leave
 from luthier.data.answer_rules import RULES, Said
 from luthier.data.listed_words import Listed
@@ -108,7 +108,7 @@ def _asked(record: Record) -> str:
     if isinstance(record, Judged):
         return _asked(record.answer)
     if not isinstance(record, Chat):
-        return "" if isinstance(record, Text) else record.prompt
+        return prompt(record)
     return next((str(m.get("content") or "") for m in reversed(record.messages) if m["role"] == "user"), "")
 
 
