@@ -42,6 +42,12 @@ LINE_IF_ANY = (
     "{% if m.content | trim %}{{ '\\n' + m.content | trim }}{% endif %}{% else %}{{ '\\n' + m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# history closes a thought that only the last answer opens
+CLOSED_IN_HISTORY = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '<think></think>' if loop.last else "
+    "'</think>' }}{% endif %}{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>"
+    "{% endif %}"
+)
 # the prompt supplies the closed thought, with other white space than the rows have
 SPACED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}   "
@@ -131,6 +137,8 @@ HABITS: dict[str, tuple[str, str, list[str]]] = {
     "prompt thinks, empty": (PROMPT_THINKS, "empty", ["<|im_end|>", "Two.<|im_end|>"]),
     "always closed": (ALWAYS_CLOSED, "plain", ["</think>One.<|user|>", "</think>Two.<|user|>"]),
     "always closed, empty": (ALWAYS_CLOSED, "empty", ["</think><|user|>", "</think>Two.<|user|>"]),
+    "closed in history": (CLOSED_IN_HISTORY, "plain", ["</think>One.<|user|>", "</think>Two.<|user|>"]),
+    "closed in history, empty": (CLOSED_IN_HISTORY, "empty", ["</think><|user|>", "</think>Two.<|user|>"]),
     "line if any": (LINE_IF_ANY, "plain", [f"\n<think></think>\n{n}.<|user|>" for n in ("One", "Two")]),
     "line if any, empty": (LINE_IF_ANY, "empty", ["\n<think></think><|user|>", "\n<think></think>\nTwo.<|user|>"]),
     "spaced": (SPACED, "plain", ["  One.<EOS>", "  Two.<EOS>"]),

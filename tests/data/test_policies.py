@@ -107,6 +107,8 @@ def test_reasoning_that_the_template_leaves_out_is_counted_and_told(stem: str, m
     encoder = make(stem)
     for _ in range(3):
         encoder.samples(_row("reasoning"))
+        (change,) = encoder.changes.values()
+        assert change.amount == LOST[stem] and change.of == "answers"
     (note,) = encoder.notes()
     assert f"reasoning of {3 * LOST[stem]} of 6 trained answers" in note and "thinking: split" in note
     assert ("where this template keeps it" in note) == (stem != DEEPSEEK)

@@ -372,6 +372,8 @@ class Encoder:
         if masked.escaped:
             how = "let through" if self.policy.injection == "allow" else "made plain text"
             self._note(f"with control strings {how}", masked.escaped, "control strings")
+        if masked.unshown:
+            self._note("without the reasoning that the template leaves out", len(masked.unshown), "answers")
 
     def _note_cuts(self, rows: Sequence[Row], made: Sequence[Sample]) -> None:
         if not made or all(len(tokens_T) <= self.max_tokens for tokens_T, _, _ in rows):

@@ -250,6 +250,8 @@ class TurnFinder:
     def _tag_end(self, index: int, last: int, after: int) -> int | None:
         """The end of the tag that opens the next turn, which begins where the text ends without that turn."""
         tail = self._alone_tail(index, last)
+        if not self.whole.of(index) and (tail is None or not self.whole.text.startswith(tail, last)):
+            return self._empty_end(last, after)
         if tail is None:
             return None
         for found in self.controls.finditer(tail):
@@ -261,3 +263,13 @@ class TurnFinder:
         tag = self.controls.search(self.whole.text, last + len(tail), after)
         between = self.whole.text[last + len(tail) : tag.start()] if tag else "?"
         return tag.end() if tag and not between.strip() else None
+
+    def _empty_end(self, last: int, after: int) -> int | None:
+        """The end of the tag after an empty answer that has nothing but thinking marks and white space."""
+        for found in self.controls.finditer(self.whole.text, last, after):
+            if THINK.fullmatch(found.group()):
+                continue
+            known = found.group() in {*self.habits.openers, *self.habits.ends, self.habits.tag}
+            blank = not THINK.sub("", self.whole.text[last : found.start()]).strip()
+            return found.end() if known and blank else None
+        return None
