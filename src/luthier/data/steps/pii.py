@@ -9,7 +9,7 @@ leave, `report` only notes and counts. The note `personal` is {"email": 2}: valu
 JSON stays JSON and code stays code: a bare number that goes gets quotes around its placeholder, in arguments as in
 `"phone": 13912345678` or `phone = 2125550123` of a text. Declared tools and names of roles are no texts and stay.
 
-Defaults: every kind but wallets and the addresses of this very machine. Cost: 10 to 20 thousand rows a second and core.
+Defaults: every kind but wallets and the addresses of this very machine. Cost: 5 to 15 thousand rows a second and core.
 Leaves out names, birthdays and postal addresses: rules cannot tell them from fiction.
 """
 
