@@ -112,11 +112,11 @@ def _chinese() -> list[Figure]:
 
     conditions = f"{half} prompts of alpaca_zh_demo, half of them under 18 characters; evaluation is the same half"
     other = _share(ours, [Item(record) for record in records[half:]])
+    cut = [text[: int(0.7 * len(text))] for text in asked]
     rival, said = "datatrove cuts at spaces here", "reported"
     return [
         Figure("D16", "recall, whole Chinese prompts", planted(asked), rival, said, True, conditions),
-        Figure("D16", "recall, first 70 % of a Chinese prompt", planted([text[: int(0.7 * len(text))] for text in asked]),
-               rival, said, True, conditions),
+        Figure("D16", "recall, first 70 % of a Chinese prompt", planted(cut), rival, said, True, conditions),
         Figure("D16", "hits in the other half", f"{other:.1%}", rival, said, True,
                f"{len(records) - half} rows, 6 of which are copies"),
     ]  # fmt: skip
@@ -150,11 +150,11 @@ def _speed(ours: _Flags, theirs: _Flags | None, clean: Sequence[Item], index: fl
     for _ in range(3):
         for name, flags in (("ours", ours), ("theirs", theirs)):
             if flags:
-                begin = time.perf_counter()
+                begin = time.process_time()
                 _share(flags, clean)
-                best[name] = min(best.get(name, 1e9), time.perf_counter() - begin)
+                best[name] = min(best.get(name, 1e9), time.process_time() - begin)
     rate = len(clean) / best["ours"]
     rival = f"datatrove's rule {len(clean) / best['theirs']:,.0f} rows/s" if theirs else "datatrove is not installed"
     return Figure("D16", "comparing, one core", f"{rate:,.0f} rows/s", rival, ">= 5,000 rows/s", rate >= 5000,
-                  f"{len(clean)} rows of about 520 characters against 1,319 questions and answers, best of 3; "
-                  f"index in {index:.1f} s")  # fmt: skip
+                  f"{len(clean)} rows of about 520 characters against 1,319 questions and answers, best of 3 by "
+                  f"processor time; index in {index:.1f} s")  # fmt: skip
