@@ -181,7 +181,7 @@ def test_what_is_allowed_stays() -> None:
     assert masked(text, allow=("@our.org",)) == "help@our.org and <EMAIL_1>"
     assert masked(text, allow=("Help@our.org", "eve@other.org")) == text
     assert masked("ping 192.168.1.7 and 8.8.4.4", private_ips=False) == "ping 192.168.1.7 and <IP_1>"
-    assert masked("a@b.org", placeholder="[{kind}_{n}]") == "[EMAIL_1]"
+    assert masked("a@b.org", placeholder="[{kind} {n}]") == "[EMAIL 1]"
 
 
 def test_wallets_are_looked_for_by_choice() -> None:

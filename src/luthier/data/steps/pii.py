@@ -33,6 +33,7 @@ _WORDS = {
     "iban": "IBAN", "cn_id": "Chinese resident id", "ssn": "US social security number", "key": "key or token",
     "login": "login in a URL", "mac": "MAC address", "wallet": "wallet address",
 }  # fmt: skip
+_NOT_IN_PLACEHOLDER = re.compile(r"""\{(?!kind\}|n\})|["\\\r\n\t]""")
 _FIELD_BEFORE = re.compile(r"(?:\"\s*:|[\w\]]\s*=)\s*\Z")  # "phone": … or phone = …
 _FIELD_AFTER = re.compile(r"[ \t]*(?:[,;}\])#\r\n]|\Z)")
 _ELEMENT_BEFORE, _ELEMENT_AFTER = re.compile(r"[\[,:]\s*\Z"), re.compile(r"\s*[,\]}]")
@@ -60,12 +61,8 @@ class Pii(RowStep):
             if kind not in FINDERS:
                 raise RecipeError("unknown kind of personal data", where="data.steps.pii.kinds", value=kind,
                                   remedy=f"one of {', '.join(sorted(FINDERS))}")  # fmt: skip
-        if (
-            "{n}" not in self.placeholder
-            or re.search(r"\{(?!kind\}|n\})", self.placeholder)
-            or re.search(r'["\\\s]', self.placeholder)
-        ):
-            raise RecipeError("a placeholder holds {n}, may hold {kind}, and no quotes, backslashes, white space or other fields",
+        if "{n}" not in self.placeholder or _NOT_IN_PLACEHOLDER.search(self.placeholder):
+            raise RecipeError("a placeholder holds {n}, may hold {kind}, and no quotes, backslashes or line breaks",
                               where="data.steps.pii.placeholder", value=self.placeholder)  # fmt: skip
 
     def work(self, room: Room) -> RowWork:
