@@ -96,6 +96,12 @@ def test_both_sides_of_a_pair_have_the_same_numbers() -> None:
     assert (rejected.prompt, rejected.completion) == ("Mail <EMAIL_1> and <EMAIL_2>", " <EMAIL_1>")
 
 
+def test_a_row_that_was_masked_before_keeps_its_placeholders() -> None:
+    once = masked("x@a.org wrote y@a.org")
+    assert once == masked(once) == "<EMAIL_1> wrote <EMAIL_2>"
+    assert masked("<EMAIL_1> wrote y@a.org, z@a.org") == "<EMAIL_1> wrote <EMAIL_2>, <EMAIL_3>"
+
+
 def test_two_spellings_of_one_number_are_one() -> None:
     assert masked("tel +86 138 1234 5678, mobile 13812345678") == "tel <PHONE_1>, mobile <PHONE_1>"
     assert masked("4111 1111 1111 1111 = card 4111-1111-1111-1111") == "<CARD_1> = card <CARD_1>"
@@ -185,7 +191,16 @@ def test_wallets_are_looked_for_by_choice() -> None:
     assert masked(text.replace("NVN2", "NVN3").replace("8f3t4", "8f3t5"), kinds=("wallet",)).count("WALLET") == 0
 
 
-@pytest.mark.parametrize("fields", [{"kinds": ("mail",)}, {"placeholder": "<{kind}>"}, {"placeholder": '"{n}"'}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kinds": ("mail",)},
+        {"placeholder": "<{kind}>"},
+        {"placeholder": '"{n}"'},
+        {"placeholder": "{n}\n"},
+        {"placeholder": "{n}\\"},
+    ],
+)
 def test_wrong_fields_are_named(fields: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         Pii(**fields)

@@ -5,7 +5,8 @@ e-mail  local@domain.tld with a top level domain that exists (IANA), also `name 
 IPv4    four bytes without leading zeros; not a version (`v1.2.3.4`, `==1.2.3.4`, `1.2.3.4-rc1`, a number of a
         section), not a netmask, not the machine itself (127…, 0.0.0.0)
 IPv6    what the standard library reads as one (RFC 4291), with enough of it that `a::b` or `x[1::2]` is none
-MAC     six bytes with one kind of separator; not all zeros or ones, not part of a longer fingerprint
+MAC     six bytes with one kind of separator, or `001b.4411.3ab7`; not all zeros or ones, not part of a longer
+        fingerprint
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ _DOTTED = re.compile(r"\d\.\d{1,3}\.\d")
 _FAMOUS = frozenset(("8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9"))
 _BRACKETED_AT = re.compile(r"[(\[{<] ?at ?[)\]}>]", re.IGNORECASE)
 _IN_LOGIN = re.compile(r"://[^\s/@]{1,100}:\Z")  # user:password@host, which credentials.py judges
+_DOTTED_HEX = re.compile(r"\.[0-9A-Fa-f]{4}\.")
+_DOTTED_MAC = re.compile(r"(?<![\w.])(?:[0-9A-Fa-f]{4}\.){2}[0-9A-Fa-f]{4}(?![\w]|\.\w)", re.ASCII)
 _REPOSITORY = frozenset(("git", "hg", "svn"))
 
 
@@ -106,11 +109,14 @@ def ips(text: str, private: bool = True) -> Iterator[tuple[int, int]]:
 
 def macs(text: str) -> Iterator[tuple[int, int]]:
     """Where hardware addresses stand."""
-    if text.count(":") < 5 and text.count("-") < 5:
-        return
-    for match in _MAC.finditer(text):
-        if len(set(re.split("[:-]", match.group().lower()))) > 1:
-            yield match.span()
+    if text.count(":") >= 5 or text.count("-") >= 5:
+        for match in _MAC.finditer(text):
+            if len(set(re.split("[:-]", match.group().lower()))) > 1:
+                yield match.span()
+    if _DOTTED_HEX.search(text):
+        for match in _DOTTED_MAC.finditer(text):
+            if re.search("[a-fA-F]", match.group()) and re.search(r"\d", match.group()):
+                yield match.span()
 
 
 def _is_v4(text: str, start: int, end: int, private: bool) -> bool:
@@ -123,7 +129,7 @@ def _is_v4(text: str, start: int, end: int, private: bool) -> bool:
         return False
     if before[-1:] == ":" and before[-2:-1].isalpha() and not said and parts[0] < 30 and max(parts) < 100:
         return False  # the tag of an image: nginx:1.25.3.1
-    return max(parts) >= 20 or said or written in _FAMOUS
+    return max(parts) >= 20 or parts[0] == 10 or said or written in _FAMOUS
 
 
 def _is_v6(written: str, private: bool) -> bool:

@@ -1,7 +1,8 @@
 """How much of an evaluation text stands in a row: an index of the texts, asked with batches of rows (figure D16).
 
 Words are runs of letters and digits after NFKC and case folding; each Chinese, Japanese or Korean character is one. A
-row overlaps a text of n words when one of these holds (for character scripts 5, 12, 20 stand for 3, 8, 13):
+row overlaps a text of n words when one of these holds (in scripts without spaces 4 characters stand for 3 words,
+16 for 13, 12 for 15):
 
     share    at least half of the text's own words (0.6 of a text under 30 words, 0.75 of an answer) stand in the row in
              runs of 3 words or more, within a stretch of twice the text's length: copies that were cut or reworded
@@ -58,7 +59,7 @@ class Sizes:
     covered: int  # shorter texts are judged by `short`
 
 
-SPACED, UNSPACED = Sizes(3, 8, 13, 15), Sizes(5, 12, 20, 24)
+SPACED, UNSPACED = Sizes(3, 8, 13, 15), Sizes(4, 8, 16, 12)
 
 
 def words(text: str) -> list[str]:
@@ -214,7 +215,7 @@ class Evaluation:
             before, run = len(ids), []
             for text in texts:
                 said = words(text)
-                if len(said) < UNSPACED.short and best[row] is None and (place := self.short.get(" ".join(said))):
+                if len(said) < SPACED.short and best[row] is None and (place := self.short.get(" ".join(said))):
                     best[row] = Overlap(place, 1.0, "short")
                 ids += [number(word, 0) for word in said]
                 ids.append(0)

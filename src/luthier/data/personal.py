@@ -32,7 +32,7 @@ _CARD = re.compile(
 )
 _IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?:[ -]?[0-9A-Z]{1,4}){2,9}")
 _RESIDENT = re.compile(
-    r"(?<![0-9A-Za-z_.])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z_])|(?<=身份证号码)[:：\s]{0,2}(?P<old>[1-9]\d{14})(?!\d)"
+    r"(?<![0-9A-Za-z_.])[1-9]\d{16}[0-9Xx](?![0-9A-Za-z_])|身份证[号码]{0,2}[:：\s是为]{0,3}(?P<old>[1-9]\d{14})(?!\d)"
 )
 _SSN = re.compile(r"(?<![\w-])(?<!\w\.)(\d{3})([- ]?)(\d{2})\2(\d{4})(?![\w-])(?!\.\d)", re.ASCII)
 _SAYS_SSN = re.compile(
@@ -142,7 +142,7 @@ def normal(kind: str, written: str) -> str:
     if kind in ("iban", "cn_id"):
         return re.sub("[ -]", "", written).upper()
     if kind == "mac":
-        return written.lower().replace("-", ":")
+        return re.sub("[:.-]", "", written.lower())
     if kind == "email":
         return re.sub(r" ?[(\[{<] ?(at|dot) ?[)\]}>] ?", lambda m: "@" if m[1].lower() == "at" else ".", written,
                       flags=re.IGNORECASE).casefold()  # fmt: skip

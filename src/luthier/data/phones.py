@@ -30,8 +30,11 @@ _SAYS_PHONE = re.compile(
     r"wechat|sms|"
     r"text(?: me)?(?: at)?|call(?:ing|s)?|dial(?:ling)?|ring|hotline|contact|reach (?:me|us|him|her|them)|portable|"
     r"t[ée]l[ée]phone|t[ée]l|m[óo]vil|celular|chiama(?:re)?|appel(?:ez|er)|ruf(?:e|en)?|anrufen|rufnummer|"
+    r"(?:my|his|her|our|your|their|mi|su|tu|mon|son|meine?|ihre?|seine|mio|meu|minha) (?:\w{2,6} )?(?:number|"
+    r"n[úu]mero|num[ée]ro|"
+    r"nummer|numero)|"
     r"电话|手机号?码?|热线|座机|传真|联系方式|致电|拨打|来电|手机)\W{0,4}(?:(?:number|no|nummer|num[ée]ro|n[úu]mero|nr|号码|号|"
-    r"at|on|is|under|me|us|him|her|them|my|to|office|home|work|是|为|unter|au|al|en|(?:num|_?number))\W{0,3}){0,3}\Z",
+    r"at|on|is|under|me|us|moi|mich|es|ist|est|é|è|him|her|them|my|to|office|home|work|是|为|unter|au|al|en|(?:num|_?number))\W{0,3}){0,3}\Z",
     re.IGNORECASE,
 )
 _SAYS_OTHER = re.compile(
@@ -59,6 +62,7 @@ _CODES = frozenset(_COUNTRY_CODES.split())
 _CN_MOBILE = re.compile(r"1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9])\d{8}")
 _CN_FIXED = re.compile(r"(?:0(?:10|2[0-57-9])\d{8}|0[3-9]\d{2}\d{7,8})")
 _NANP = re.compile(r"1?[2-9](?!11)\d\d[2-9](?!11)\d\d\d{4}")
+_AMERICAN = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d([-.]))\d{3}(?(1)\1|[-. ])\d{4}|123-456-7890")
 _SEVEN_DIGITS = re.compile(r"\d(?:[ ()./+-]{0,3}\d){6}", re.ASCII)
 _GROUPS = re.compile(r"\d+")
 
@@ -116,6 +120,8 @@ def _national(digits: str, groups: list[str], written: str) -> bool:
         return True
     if _NANP.fullmatch(digits) and shape in {(3, 3, 4), (1, 3, 3, 4), (3, 7)}:
         return "." not in written or shape != (3, 7)
+    if _AMERICAN.fullmatch(written):  # 555-123-4567 is no number that exists, but what people write for one
+        return True
     trunk = digits.startswith("0") and not digits.startswith("00") and len(groups[0]) >= 2
     return trunk and not bare and 9 <= len(digits) <= 12 and _european(shape, written)
 

@@ -7,7 +7,7 @@ of tools) stay as they are. The edges of the texts of a chat are stripped, those
 plain text never: there a space decides what the next token is.
 
 A row whose answer is empty after that leaves as "no answer after cleaning"; a tool call is an answer.
-Cost: 20 to 40 thousand rows a second and core. Leaves out spelling, and mojibake that cannot be proved.
+Cost: 10 to 40 thousand rows a second and core. Leaves out spelling, and mojibake that cannot be proved.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ with rows beyond its limit is `data.overlong`.
 
     answer_to_prompt = words of the answer / words of the prompt      (counted in `unit`)
 
-Plain text has no prompt: its limits are those of the answer and the row. Cost: 30 thousand rows a second and core or
+Plain text has no prompt: its limits are those of the answer and the row. Cost: 20 thousand rows a second and core or
 more in words; in tokens what the tokenizer costs. Leaves out turns: a chat's answer is its last one.
 """
 

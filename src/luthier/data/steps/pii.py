@@ -9,7 +9,7 @@ leave, `report` only notes and counts. The note `personal` is {"email": 2}: valu
 JSON stays JSON and code stays code: a bare number that goes gets quotes around its placeholder, in arguments as in
 `"phone": 13912345678` or `phone = 2125550123` of a text. Declared tools and names of roles are no texts and stay.
 
-Defaults: every kind but wallets and the addresses of this very machine. Cost: 10 to 20 thousand rows a second and core.
+Defaults: every kind but wallets and the addresses of this very machine. Cost: 5 to 15 thousand rows a second and core.
 Leaves out names, birthdays and postal addresses: rules cannot tell them from fiction.
 """
 
@@ -25,7 +25,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record
 from luthier.contracts.step import Item, Outcome, Room, RowStep, RowWork, each, keep, leave
 from luthier.data.personal import FINDERS, Hit, hits
-from luthier.data.texts import rewritten
+from luthier.data.texts import rewritten, whole
 
 KINDS = ("email", "phone", "ip", "card", "iban", "cn_id", "ssn", "key", "login", "mac")
 _WORDS = {
@@ -33,6 +33,7 @@ _WORDS = {
     "iban": "IBAN", "cn_id": "Chinese resident id", "ssn": "US social security number", "key": "key or token",
     "login": "login in a URL", "mac": "MAC address", "wallet": "wallet address",
 }  # fmt: skip
+_NOT_IN_PLACEHOLDER = re.compile(r"""\{(?!kind\}|n\})|["\\\r\n\t]""")
 _FIELD_BEFORE = re.compile(r"(?:\"\s*:|[\w\]]\s*=)\s*\Z")  # "phone": … or phone = …
 _FIELD_AFTER = re.compile(r"[ \t]*(?:[,;}\])#\r\n]|\Z)")
 _ELEMENT_BEFORE, _ELEMENT_AFTER = re.compile(r"[\[,:]\s*\Z"), re.compile(r"\s*[,\]}]")
@@ -60,15 +61,15 @@ class Pii(RowStep):
             if kind not in FINDERS:
                 raise RecipeError("unknown kind of personal data", where="data.steps.pii.kinds", value=kind,
                                   remedy=f"one of {', '.join(sorted(FINDERS))}")  # fmt: skip
-        if "{n}" not in self.placeholder or re.search(r"\{(?!kind\}|n\})", self.placeholder) or '"' in self.placeholder:
-            raise RecipeError("a placeholder holds {n}, may hold {kind}, and no quotes or other fields",
+        if "{n}" not in self.placeholder or _NOT_IN_PLACEHOLDER.search(self.placeholder):
+            raise RecipeError("a placeholder holds {n}, may hold {kind}, and no quotes, backslashes or line breaks",
                               where="data.steps.pii.placeholder", value=self.placeholder)  # fmt: skip
 
     def work(self, room: Room) -> RowWork:
         return each(self._one)
 
     def _one(self, item: Item) -> Outcome:
-        row = _Row(self)
+        row = _Row(self, whole(item.record))
         masked = row.through(item.record)
         if not row.counts:
             return keep(item)
@@ -83,11 +84,12 @@ class Pii(RowStep):
 
 
 class _Row:
-    """The numbers that one row's values get."""
+    """The placeholders that one row's values get."""
 
-    def __init__(self, step: Pii) -> None:
-        self.step = step
-        self.numbers: dict[tuple[str, str], int] = {}
+    def __init__(self, step: Pii, before: str) -> None:
+        self.step, self.before = step, before
+        self.made: dict[tuple[str, str], str] = {}
+        self.last: dict[str, int] = {}  # number given last, by kinds
         self.counts: dict[str, int] = {}  # values, by kinds
 
     def through(self, record: Record) -> Record:
@@ -100,10 +102,10 @@ class _Row:
         ]
         if not found:
             return text
-        whole = _is_json(text)
+        is_json = _is_json(text)
         made, at = [], 0
         for hit in found:
-            made += [text[at : hit.start], self._quoted(text, hit, whole)]
+            made += [text[at : hit.start], self._quoted(text, hit, is_json)]
             at = hit.end
         return "".join([*made, text[at:]])
 
@@ -119,25 +121,28 @@ class _Row:
             value == one.lower() or (one[:1] == "@" and value.endswith(one.lower())) for one in self.step.allow
         )
 
-    def _quoted(self, text: str, hit: Hit, whole: bool) -> str:
+    def _quoted(self, text: str, hit: Hit, is_json: bool) -> str:
         """The placeholder, in quotes where a bare number stood as a value of JSON or of code."""
         placeholder = self._placeholder(hit)
         if not text[hit.start : hit.end].isdecimal():
             return placeholder
         before, after = text[max(0, hit.start - 40) : hit.start], text[hit.end : hit.end + 20]
         field_ = _FIELD_BEFORE.search(before) and _FIELD_AFTER.match(after)
-        element = whole and _ELEMENT_BEFORE.search(before) and _ELEMENT_AFTER.match(after)
-        return (
-            f'"{placeholder}"'
-            if field_ or element or (whole and text.strip() == text[hit.start : hit.end])
-            else placeholder
-        )
+        element = is_json and _ELEMENT_BEFORE.search(before) and _ELEMENT_AFTER.match(after)
+        return f'"{placeholder}"' if field_ or element else placeholder
 
     def _placeholder(self, hit: Hit) -> str:
         key = (hit.kind, hit.normal)
-        if key not in self.numbers:
-            self.numbers[key] = self.counts[hit.kind] = self.counts.get(hit.kind, 0) + 1
-        return self.step.placeholder.replace("{kind}", hit.kind.upper()).replace("{n}", str(self.numbers[key]))
+        if key not in self.made:
+            self.counts[hit.kind] = self.counts.get(hit.kind, 0) + 1
+            number = self.last.get(hit.kind, 0) + 1
+            while self._written(hit.kind, number) in self.before:  # the row was masked before
+                number += 1
+            self.last[hit.kind], self.made[key] = number, self._written(hit.kind, number)
+        return self.made[key]
+
+    def _written(self, kind: str, number: int) -> str:
+        return self.step.placeholder.replace("{kind}", kind.upper()).replace("{n}", str(number))
 
 
 def _is_json(text: str) -> bool:
