@@ -126,6 +126,11 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_a_server_that_asks_for_an_hour_is_left_alone(tmp_path: Path) -> None:
+    with FakeEndpoint() as server:
+        server.faults = lambda place, request: "429-hour" if place == 2 else None
+        with pytest.raises(ResourceError, match="left alone") as caught:
+            asker(server, tmp_path, concurrency=1).ask(questions(9))
+        assert "Retry-After 3600 s" in caught.value.line() and server.calls == 3
     assert retry_after("3600") == 3600 and retry_after("0.5") == 0.5 and retry_after("soon") == 0
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 10**9
