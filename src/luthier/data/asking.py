@@ -129,9 +129,9 @@ class Asker:
                 DataError("an answer is not in the cache, and nothing may be asked", where=self._what,
                           remedy="run once with the network allowed, or drop the step")
             )  # fmt: skip
-        last = Faulty("never asked")
+        last, until = Faulty("never asked"), 0.0
         for attempt in range(self.endpoint.attempts):
-            await self._pause()
+            await self._pause(until)
             self._spend()
             try:
                 answer = await called(call, request)
@@ -139,7 +139,7 @@ class Asker:
                 raise self._halt(RecipeError(fault.what, where=self.endpoint.address, remedy=fault.remedy)) from None
             except Faulty as fault:
                 last = fault
-                self._wait(key, attempt, fault)
+                until = self._wait(key, attempt, fault)
                 continue
             self._breaks = 0
             self.tokens += answer.tokens
@@ -151,10 +151,10 @@ class Asker:
         request = body(self.endpoint, question, self._room.seed)
         return request, key_of(self.endpoint, request, question.sample)
 
-    async def _pause(self) -> None:
-        """Until the endpoint may be asked; _Halt where nothing more is."""
+    async def _pause(self, until: float) -> None:
+        """Until this question and the endpoint may be asked; _Halt where nothing more is."""
         clock = asyncio.get_running_loop().time
-        while self._stop is None and (left := self._not_before - clock()) > 0:
+        while self._stop is None and (left := max(until, self._not_before) - clock()) > 0:
             await asyncio.sleep(min(left, 1.0))
         if self._stop is not None:
             raise _Halt
@@ -172,8 +172,8 @@ class Asker:
             )  # fmt: skip
         self.calls += 1
 
-    def _wait(self, key: str, attempt: int, fault: Faulty) -> None:
-        """Nothing is asked for a while: as long as the server says, else longer each time."""
+    def _wait(self, key: str, attempt: int, fault: Faulty) -> float:
+        """When to ask again: as late as the server says, else later each time. A busy server is left alone by all."""
         if fault.wait > _LONGEST_WAIT:
             raise self._halt(
                 ResourceError(f"the endpoint asks to be left alone: {self._far()}", where=self.endpoint.address,
@@ -181,7 +181,10 @@ class Asker:
             )  # fmt: skip
         jitter = 0.5 + counter(self._room.seed, int(key[:16], 16), attempt) / 2**64
         wait = max(fault.wait, self.endpoint.backoff * 2 ** min(attempt, _DOUBLINGS) * jitter)
-        self._not_before = max(self._not_before, asyncio.get_running_loop().time() + wait)
+        until = asyncio.get_running_loop().time() + wait
+        if fault.wait or not fault.row:
+            self._not_before = max(self._not_before, until)
+        return until
 
     def _given_up(self, fault: Faulty) -> Exception:
         """Every attempt failed: this row's fault, or the server's."""
