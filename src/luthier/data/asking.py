@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import httpx
@@ -32,7 +33,6 @@ from luthier.contracts.step import Room
 from luthier.data.answers import Answer, Answers
 from luthier.data.calls import Call, Faulty, Refused, Unauthorised, called
 from luthier.data.endpoint import Endpoint, Question, body, key_of
-from luthier.data.order import key as counter
 from luthier.data.replies import Unfit, found
 
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is left alone until the next run
@@ -179,7 +179,8 @@ class Asker:
                 ResourceError(f"the endpoint asks to be left alone: {self._far()}", where=self.endpoint.address,
                               value=f"Retry-After {fault.wait:.0f} s", remedy="run again later: it goes on from there")
             )  # fmt: skip
-        jitter = 0.5 + counter(self._room.seed, int(key[:16], 16), attempt) / 2**64
+        drawn = blake2b(f"{self._room.seed} {key} {attempt}".encode(), digest_size=8).digest()
+        jitter = 0.5 + int.from_bytes(drawn, "big") / 2**64
         wait = max(fault.wait, self.endpoint.backoff * 2 ** min(attempt, _DOUBLINGS) * jitter)
         until = asyncio.get_running_loop().time() + wait
         if fault.wait or not fault.row:
