@@ -1,10 +1,10 @@
 """D18: a judge over a local endpoint: calls paid twice after kill -9, answers under faults, speed, agreement.
 
 The endpoint is the tests' fake one on 127.0.0.1, whose answers depend on the request alone, so that what is right is
-known. Calls paid twice: a process of its own is killed in the middle, three times, each time while calls hang; then it
-runs to its end, and every request that was answered more than once counts. Faults: a third of all calls is answered
-429, 500, 503, late, cut, as HTML, as broken JSON or in a wrong form. Speed: answers take 20 ms; one call after another
-is the plain twin, and a rerun reads the cache alone.
+known. Calls paid twice: a process of its own is killed in the middle, each time while calls hang; then it runs to its
+end, and every request that was answered more than once counts. Faults: a third of all calls is answered 429, 500, 503,
+late, cut, as HTML, as broken JSON or in a wrong form. Speed: answers take 200 ms, as a model's do; one call after
+another is the plain twin, and a rerun reads the cache alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from luthier.data.steps.judge import Judge
 GOALS = ("D18",)
 ROOT = Path(__file__).resolve().parents[2]
 _FAULTS = ("429", "500", "503", "slow", "cut", "html", "bad-json", "schema")
+_LATE = 0.2  # seconds
 _CLIENT = "import sys; from bench.data.d18_judge import judge; judge(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
 
 
@@ -110,12 +111,12 @@ def _faulty(where: Path, count: int) -> Figure:
 
 def _fast(where: Path, count: int) -> list[Figure]:
     def late(request: Mapping[str, Any]) -> Any:
-        time.sleep(0.02)
+        time.sleep(_LATE)
         return mark(request)
 
     with FakeEndpoint(late) as server:
         speeds = {}
-        few = max(20, count // 8)
+        few, count = 10, min(count, 320)
         for name, much, fields in (("one", few, {"concurrency": 1}), ("many", count, {}), ("again", count, {})):
             begin = time.perf_counter()
             judge(server.base_url, str(where / name.replace("again", "many")), much, **fields)
@@ -127,7 +128,7 @@ def _fast(where: Path, count: int) -> list[Figure]:
         f"{speeds['one']:,.0f} one after another",
         ">= 5x",
         speeds["many"] >= 5 * speeds["one"],
-        f"{count} rows, 20 ms an answer, endpoint on the same cores",
+        f"{count} rows, 200 ms an answer, endpoint on the same cores",
     )
     again = Figure(
         "D18", "rows/s of a rerun from the cache", f"{speeds['again']:,.0f}", "", "none", True, f"{count} rows"

@@ -128,6 +128,8 @@ class FakeEndpoint:
                     owner.released.wait(0.2)
                 if fault == "429-after":
                     self._send(429, b'{"error": {"code": "rate_limit"}}', {"Retry-After": "0.05"})
+                elif fault == "429-hour":
+                    self._send(429, b"", {"Retry-After": "3600"})
                 elif fault == "redirect":
                     self._send(302, b"", {"Location": "http://127.0.0.1:9/elsewhere"})
                 elif fault.isdigit():

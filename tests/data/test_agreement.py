@@ -95,6 +95,13 @@ def test_marks_of_people_are_compared_as_marks() -> None:
     assert agreement({}, human)["kappa"] is None and agreement({}, human)["share_agreed"] is None
 
 
+def test_a_place_of_several_rows_is_nobodys() -> None:
+    one = rows([4, 5])
+    again = [Item(Text("u", Source("a.jsonl", 1)), "a", {"judge": 2}), *rows([4])[:1]]
+    assert marks([*one, *again]) == {("a.jsonl", 2): 5.0}
+    assert marks([*one, *one]) == {("a.jsonl", 1): 4.0, ("a.jsonl", 2): 5.0}
+
+
 def test_wrong_verdicts_name_their_row() -> None:
     with pytest.raises(DataError, match=r"check\.csv:3"):
         verdicts(

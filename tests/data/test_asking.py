@@ -118,6 +118,14 @@ def test_an_endpoint_that_will_not_answer_stops(
         assert server.paid_twice == 0
 
 
+def test_a_row_that_waits_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with FakeEndpoint() as server:
+        server.faults = lambda place, request: "500" if place == 0 else None
+        asker(server, tmp_path, concurrency=2, backoff=1.0).ask(questions(8))
+        asked = [request["messages"][0]["content"] for request in server.requests]
+    assert sorted(asked[:8]) == [f"row {place}" for place in range(8)] and asked[8] == asked[0]
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     with FakeEndpoint() as server:
         section = server.section(attempts=2)
@@ -126,6 +134,11 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_a_server_that_asks_for_an_hour_is_left_alone(tmp_path: Path) -> None:
+    with FakeEndpoint() as server:
+        server.faults = lambda place, request: "429-hour" if place == 2 else None
+        with pytest.raises(ResourceError, match="left alone") as caught:
+            asker(server, tmp_path, concurrency=1).ask(questions(9))
+        assert "Retry-After 3600 s" in caught.value.line() and server.calls == 3
     assert retry_after("3600") == 3600 and retry_after("0.5") == 0.5 and retry_after("soon") == 0
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 10**9
@@ -238,14 +251,14 @@ def test_two_writers_of_one_cache(tmp_path: Path) -> None:
 CLIENT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from data.test_asking import questions
 from luthier.contracts.step import Room
 from luthier.data.asking import Asker
-from luthier.data.endpoint import endpoint_of
+from luthier.data.endpoint import Question, endpoint_of
+schema = {"type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"]}
+asked = [Question(({"role": "user", "content": f"row {place}"},), schema) for place in range(40)]
 section = {"base_url": sys.argv[1], "model": "fake", "backoff": 0.001, "timeout": 30.0, "concurrency": 4}
 asker = Asker(endpoint_of(section, "endpoint"), Room(Path(sys.argv[2]), seed=7), "judge")
-print(len(asker.ask(questions(40))), asker.calls, flush=True)
+print(len(asker.ask(asked)), asker.calls, flush=True)
 """
 
 

@@ -63,13 +63,15 @@ def wilson(good: int, of: int, z: float = _Z) -> tuple[float, float]:
 
 
 def marks(items: Iterable[Item], note: str = "judge") -> dict[Place, float]:
-    """What a judge noted of each row, by place; rows without the note are left out."""
-    found = {}
+    """What a judge noted of each row, by place. Left out: rows without the note, and places of several rows (a JSON
+    list in one line) that have different marks, since nobody could say which is meant."""
+    found: dict[Place, float] = {}
+    unclear = set()
     for item in items:
-        mark = item.notes.get(note)
-        if isinstance(mark, int | float) and not isinstance(mark, bool):
-            found[item.record.source.file, item.record.source.line] = float(mark)
-    return found
+        mark, place = item.notes.get(note), (item.record.source.file, item.record.source.line)
+        if isinstance(mark, int | float) and not isinstance(mark, bool) and found.setdefault(place, mark) != mark:
+            unclear.add(place)
+    return {place: float(mark) for place, mark in found.items() if place not in unclear}
 
 
 def verdicts(rows: Iterable[Mapping[str, Any]], where: str = "spot-check") -> dict[Place, Any]:

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import httpx
@@ -32,7 +33,6 @@ from luthier.contracts.step import Room
 from luthier.data.answers import Answer, Answers
 from luthier.data.calls import Call, Faulty, Refused, Unauthorised, called
 from luthier.data.endpoint import Endpoint, Question, body, key_of
-from luthier.data.order import key as counter
 from luthier.data.replies import Unfit, found
 
 _LONGEST_WAIT = 300.0  # seconds; a server that asks for more is left alone until the next run
@@ -129,9 +129,9 @@ class Asker:
                 DataError("an answer is not in the cache, and nothing may be asked", where=self._what,
                           remedy="run once with the network allowed, or drop the step")
             )  # fmt: skip
-        last = Faulty("never asked")
+        last, until = Faulty("never asked"), 0.0
         for attempt in range(self.endpoint.attempts):
-            await self._pause()
+            await self._pause(until)
             self._spend()
             try:
                 answer = await called(call, request)
@@ -139,7 +139,7 @@ class Asker:
                 raise self._halt(RecipeError(fault.what, where=self.endpoint.address, remedy=fault.remedy)) from None
             except Faulty as fault:
                 last = fault
-                self._wait(key, attempt, fault)
+                until = self._wait(key, attempt, fault)
                 continue
             self._breaks = 0
             self.tokens += answer.tokens
@@ -151,10 +151,10 @@ class Asker:
         request = body(self.endpoint, question, self._room.seed)
         return request, key_of(self.endpoint, request, question.sample)
 
-    async def _pause(self) -> None:
-        """Until the endpoint may be asked; _Halt where nothing more is."""
+    async def _pause(self, until: float) -> None:
+        """Until this question and the endpoint may be asked; _Halt where nothing more is."""
         clock = asyncio.get_running_loop().time
-        while self._stop is None and (left := self._not_before - clock()) > 0:
+        while self._stop is None and (left := max(until, self._not_before) - clock()) > 0:
             await asyncio.sleep(min(left, 1.0))
         if self._stop is not None:
             raise _Halt
@@ -172,16 +172,20 @@ class Asker:
             )  # fmt: skip
         self.calls += 1
 
-    def _wait(self, key: str, attempt: int, fault: Faulty) -> None:
-        """Nothing is asked for a while: as long as the server says, else longer each time."""
+    def _wait(self, key: str, attempt: int, fault: Faulty) -> float:
+        """When to ask again: as late as the server says, else later each time. A busy server is left alone by all."""
         if fault.wait > _LONGEST_WAIT:
             raise self._halt(
                 ResourceError(f"the endpoint asks to be left alone: {self._far()}", where=self.endpoint.address,
                               value=f"Retry-After {fault.wait:.0f} s", remedy="run again later: it goes on from there")
             )  # fmt: skip
-        jitter = 0.5 + counter(self._room.seed, int(key[:16], 16), attempt) / 2**64
+        drawn = blake2b(f"{self._room.seed} {key} {attempt}".encode(), digest_size=8).digest()
+        jitter = 0.5 + int.from_bytes(drawn, "big") / 2**64
         wait = max(fault.wait, self.endpoint.backoff * 2 ** min(attempt, _DOUBLINGS) * jitter)
-        self._not_before = max(self._not_before, asyncio.get_running_loop().time() + wait)
+        until = asyncio.get_running_loop().time() + wait
+        if fault.wait or not fault.row:
+            self._not_before = max(self._not_before, until)
+        return until
 
     def _given_up(self, fault: Faulty) -> Exception:
         """Every attempt failed: this row's fault, or the server's."""

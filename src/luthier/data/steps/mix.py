@@ -216,7 +216,7 @@ def _counter(by: str, room: Room) -> Callable[[list[str]], list[int]]:
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of each text, nothing added by the tokenizer. Lone surrogates, which none takes, count as a question mark."""
     clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    made: list[list[int]] = tokenizer(clean, add_special_tokens=False)["input_ids"] if clean else []
+    made: list[list[int]] = tokenizer(clean, add_special_tokens=False, verbose=False)["input_ids"] if clean else []
     return made
 
 
