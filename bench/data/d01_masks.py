@@ -229,9 +229,9 @@ def _pairs(names: tuple[str, ...], conditions: str) -> Figure:
             if one is None or other is None or one.text != other.text:
                 counts["refused or another text"] += 1
                 continue
-            known = parity.TRAINED_WIDER.get(name, ((), ""))  # type: ignore[union-attr]
-            kind = "equal" if name not in parity.TRAINED_WIDER else "equal but for one known string"  # type: ignore[union-attr]
-            counts[kind if parity.same_tokens(one, other, *known) else "different"] += 1  # type: ignore[union-attr]
+            wider = parity.TRAINED_WIDER.get(name.removeprefix("trl__"))  # type: ignore[union-attr]
+            same = parity.same_tokens(one, other, *(wider or ((), "")))  # type: ignore[union-attr]
+            counts["different" if not same else "equal but for one known string" if wider else "equal"] += 1
     return Figure(
         "D3", "masks of originals beside the markers of TRL's twins", _said(counts), "the twin itself",
         "equal on all pairs of equal text", not counts["different"], conditions,

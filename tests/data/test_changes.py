@@ -36,10 +36,10 @@ def ledger(folder: Path, rows: list[Any], **fields: Any) -> Ledger:
 @pytest.mark.parametrize(
     ("how", "limit", "said"),
     [
-        ("truncate_left", 60, "1 rows cut by truncate_left, 21 trained tokens left out"),
-        ("truncate_right", 60, "1 rows cut by truncate_right, 21 trained tokens left out"),
-        ("truncate_turns", 70, "1 rows cut by truncate_turns, 21 trained tokens left out"),
-        ("split", 70, "1 rows split into several, 2 rows"),
+        ("truncate_left", 60, "1 row cut by truncate_left, 21 trained tokens left out"),
+        ("truncate_right", 60, "1 row cut by truncate_right, 21 trained tokens left out"),
+        ("truncate_turns", 70, "1 row cut by truncate_turns, 21 trained tokens left out"),
+        ("split", 70, "1 row split into several, 2 rows"),
     ],
 )
 def test_cuts_are_told(tmp_path: Path, how: str, limit: int, said: str) -> None:
@@ -56,7 +56,7 @@ def test_control_strings_are_told(tmp_path: Path) -> None:
     made = ledger(tmp_path, rows)
     assert "2 rows with control strings made plain text, 6 control strings" in made.summary()
     let = ledger(tmp_path, rows, injection="allow")
-    assert "2 rows with control strings let through, 6 control strings" in let.summary()
+    assert "  warning: 2 rows with control strings let through, 6 control strings" in let.summary()
     assert "control strings" not in ledger(tmp_path, rows[:1]).summary()
     with pytest.raises(Errors, match=r"control strings of the template .*rows.jsonl:2"):
         ledger(tmp_path, rows, injection="error")

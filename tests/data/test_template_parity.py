@@ -6,6 +6,7 @@ Masks are compared token for token, with the offsets of the tokenizer itself whe
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,25 @@ from luthier.data.template import Template
 
 # pairs whose twin trains more than the answer and what the prompt adds behind the role's header, and what that is
 TRAINED_WIDER = {
-    "trl__deepseekv3": (("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), ""),  # the role's own header, the end of results
-    "trl__gptoss": (("<|start|>assistant",), ""),  # the role's own header
-    "trl__qwen2_5": (("\n",), ""),  # the line break that ends the header
-    "trl__phi3": ((), "<EOS>"),  # a second stop, which the template prints behind the last turn only
+    "deepseekv3": (("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), ""),  # the role's own header, the end of results
+    "deepseek_r1_distill": (("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), ""),
+    "gptoss": (("<|start|>assistant",), ""),  # the role's own header
+    "muse_glimmer": (("<|start|>assistant",), ""),
+    "qwen2_5": (("\n",), ""),  # the line break that ends the header
+    "phi3": ((), "<EOS>"),  # a second stop, which the template prints behind the last turn only
+    "phi3_5": ((), "<EOS>"),
 }
-# twins that print another text: a thinking block in every turn, where the original has it after the last question only
-OTHER_TEXT = {"trl__qwen3", "trl__qwen3_5_think", "trl__qwen3_5_nothink"}
+# twins that print another text: a thinking block in every turn, where the original has it after the last question only;
+# a call's words in one turn with it, where the original prints them as another turn
+OTHER_TEXT = {"qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "deepseek_r1_distill"}
+NO_STOP = {"diffusion_gemma"}  # its twin trains no stop token, which is refused
+
+
+def _trl() -> Path | None:
+    """Where TRL keeps its templates, as it is installed here."""
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else None
+    return folder if folder and folder.is_dir() else None
 
 
 def _row(name: str) -> Chat:
@@ -81,27 +94,46 @@ def test_marker_templates_train_what_their_markers_say(shared_data: Callable[[st
         assert counts["templates"] >= 18 and counts["equal"] >= 150, counts
 
 
-def test_originals_train_what_their_marked_twins_do(shared_data: Callable[[str], Path]) -> None:
-    """With train_generation_prompt, modulo white space behind the stop: 11 pairs equal, 4 wider by one known string."""
+@pytest.mark.parametrize("where", ["collection", "installed"])
+def test_originals_train_what_their_marked_twins_do(where: str, shared_data: Callable[[str], Path]) -> None:
+    """With train_generation_prompt, modulo white space behind the stop: equal, or wider by one known string."""
+    folder = shared_data("chat_templates") if where == "collection" else _trl()
+    if folder is None:
+        pytest.skip("TRL is not installed")
     counts: Counter[str] = Counter()
-    for path in sorted(shared_data("chat_templates").glob("*_training.jinja")):
+    for path in sorted(folder.glob("*_training.jinja")):
         stem = path.stem.removesuffix("_training")
+        name = stem.removeprefix("trl__")
         twin, original = _masker(path), _masker(path.with_name(f"{stem}.jinja"), train_generation_prompt=True)
-        for name in CHATS:
-            try:
-                theirs = twin.mask(_row(name))
-            except DataError:
-                with pytest.raises(DataError):
-                    original.mask(_row(name))
-                continue
-            ours = original.mask(_row(name))
-            if stem in OTHER_TEXT:
-                counts["other text"] += ours.text != theirs.text
-                continue
-            assert ours.text == theirs.text and np.array_equal(ours.encoded.ids_T, theirs.encoded.ids_T), (stem, name)
-            assert same_tokens(ours, theirs, *TRAINED_WIDER.get(stem, ((), ""))), (stem, name)
-            counts["wider" if stem in TRAINED_WIDER else "equal"] += 1
-    assert counts["equal"] >= 80 and counts["other text"] >= 20, counts
+        for chat in CHATS:
+            counts[_compared(name, chat, twin, original)] += 1
+    assert counts["equal"] >= 80 and counts["other text"] >= 20 and counts["wider"] >= 30, counts
+
+
+def _compared(name: str, chat: str, twin: Masker, original: Masker) -> str:
+    """How the two masks of a conversation compare; fails where they should be equal and are not."""
+    if name in NO_STOP:
+        if any(not message.get("tool_calls") for message in CHATS[chat] if message["role"] == "assistant"):
+            with pytest.raises(DataError, match=r"stop token|drops|leave out"):
+                twin.mask(_row(chat))
+        return "no stop"
+    try:
+        theirs = twin.mask(_row(chat))
+    except DataError:
+        with pytest.raises(DataError):
+            original.mask(_row(chat))
+        return "refused"
+    try:
+        ours = original.mask(_row(chat))
+    except DataError:
+        assert name in OTHER_TEXT, (name, chat)
+        return "other text"
+    if ours.text != theirs.text:
+        assert name in OTHER_TEXT, (name, chat)
+        return "other text"
+    assert np.array_equal(ours.encoded.start_T, theirs.encoded.start_T), (name, chat)  # each has a tokenizer of its own
+    assert same_tokens(ours, theirs, *TRAINED_WIDER.get(name, ((), ""))), (name, chat)
+    return "wider" if name in TRAINED_WIDER else "equal"
 
 
 def same_tokens(ours: Masked, theirs: Masked, before: tuple[str, ...], behind: str) -> bool:

@@ -361,17 +361,18 @@ class Encoder:
             raise Dropped("longer than data.max_tokens, and there is no earlier turn to leave out")
         raise self._too_long(record.source, length)
 
-    def _note(self, what: str, amount: int, of: str) -> None:
+    def _note(self, what: str, amount: int, of: str, *, warn: bool = False) -> None:
         before = self.changes[what].amount if what in self.changes else 0
-        self.changes[what] = Change(before + amount, of)
+        self.changes[what] = Change(before + amount, of, warn)
 
     def _note_masked(self, masked: Masked) -> None:
         self.escaped += masked.escaped
         self.reasoned += len(masked.reasoned)
         self.unshown_reasoning += len(masked.unshown)
         if masked.escaped:
-            how = "let through" if self.policy.injection == "allow" else "made plain text"
-            self._note(f"with control strings {how}", masked.escaped, "control strings")
+            let = self.policy.injection == "allow"
+            how = "let through" if let else "made plain text"
+            self._note(f"with control strings {how}", masked.escaped, "control strings", warn=let)
         if masked.unshown:
             self._note("without the reasoning that the template leaves out", len(masked.unshown), "answers")
 

@@ -12,7 +12,8 @@ control string that is not one token; no control token comes out of the content 
 
 `thinking`: as_template trains the text that the template makes; keep_all asks the template to keep reasoning in
 every turn and refuses where it cannot; split is one row per answer (encode.py).
-A template with markers is taken at its word: its author says what trains, `train_generation_prompt` changes nothing.
+A template with markers is taken at its word: its author says what trains of an answer, `train_generation_prompt`
+changes nothing; the other roles of `data.mask.roles`, of which markers say nothing, train as without them.
 """
 
 from __future__ import annotations

@@ -9,10 +9,14 @@ rewrites history or adds `<think>` to the prompt only, the header is what P_i ha
 cut at whole control tokens, never inside `<|`. What then stands between start and answer must be white space,
 thinking marks, or template text without a turn opener; otherwise the row is refused.
 
+An empty answer begins where it would with a word in it, if the rest of the text is the same then.
+
 End: the first stop token after the turn's last piece and before the next turn's opener. Which tokens close and open
 turns is learned once per template (turn_habits.py): `ends` close an answer that a user turn follows, `openers` begin
-turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's
-tag: then that tag is trained, and an answer that ends the conversation gets the tag (`closing`) appended.
+turns. A family without a closing token (GLM, metharme's history) ends an answer by the next role's tag: then that tag
+is trained, and an answer that ends the conversation gets the tag (`closing`) appended. A call may end otherwise than
+an answer: with the last control string that it prints whether or not its result follows (`<|eom_id|>`, Apertus'
+`<|tools_suffix|>`, the `<|observation|>` of GLM); one that ends the conversation gets what would stand there.
 """
 
 from __future__ import annotations
