@@ -173,3 +173,24 @@ def test_a_hub_id_is_refused_offline_in_every_spelling(monkeypatch: pytest.Monke
     for path in ("org/name", "hub:org/name", "hub:wiki_qa"):
         with pytest.raises(DataError, match=r"HF_HUB_OFFLINE is set .*give a local file"):
             list(read_rows(expand(path)[0], lambda error, _: None))
+
+
+def test_rows_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Split and configuration are passed on; objects lose the nulls that their columns gave them."""
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(name: str, subset: str | None, split: str) -> Any:
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list([_chat(1), _chat(2)])
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(read_rows("hub:org/name", lambda error, _: None, split="test", subset="en"))
+    assert asked == [("org/name", "en", "test")] and [str(source) for _, source in rows] == [
+        "org/name[test]:1", "org/name[test]:2",
+    ]  # fmt: skip
+    assert rows[1][0]["messages"] == _chat(2)["messages"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match=r"the hub did not give the data set \(ZeroDivisionError"):
+        list(read_rows("hub:org/name", lambda error, _: None))

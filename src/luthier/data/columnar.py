@@ -56,7 +56,7 @@ def _numbered(path: str, on_bad: OnBad, batches: Any) -> Iterator[Row]:
                 number += 1
                 source = Source(path, number)
                 for name in nested:
-                    row[name] = _without_nulls(row[name])
+                    row[name] = without_nulls(row[name])
                 if nul and _holds_nul(row):
                     error = DataError("a text holds the character U+0000", where=str(source), remedy="remove it")
                     on_bad(error, source)
@@ -64,11 +64,11 @@ def _numbered(path: str, on_bad: OnBad, batches: Any) -> Iterator[Row]:
                     yield row, source
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Objects without their null fields, at any depth."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_nul(array: Any) -> bool:

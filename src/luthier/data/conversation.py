@@ -32,6 +32,7 @@ _CALLS = ("tool_call", "function_call")  # roles of turns whose content is the J
 OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
 _SPANS = ("train_detail", "training_detail")  # Axolotl: stretches of characters
+_REASONING = ("reasoning_content", "reasoning")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -244,8 +245,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if thought:
+    thought = next((message[name] for name in _REASONING if message.get(name)), None)
+    if thought is not None:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 

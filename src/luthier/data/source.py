@@ -26,7 +26,7 @@ from typing import Any
 from luthier.contracts.errors import DataError
 from luthier.contracts.record import Source
 from luthier.data.bytestream import Line, ends_early, lines
-from luthier.data.columnar import read_arrow, read_parquet
+from luthier.data.columnar import read_arrow, read_parquet, without_nulls
 from luthier.data.json_file import JsonLines, not_an_object, read_json, too_long
 from luthier.data.paths import ENDINGS, HUB, is_hub_id, kind
 from luthier.data.strict_json import Fault, Reader, parse
@@ -78,7 +78,7 @@ def read_hub(name: str, split: str, subset: str | None = None) -> Iterator[Row]:
         raise DataError(f"the hub did not give the data set ({type(error).__name__}: {first})", where=name,
                         remedy=remedy) from error  # fmt: skip
     for number, row in enumerate(rows, start=1):
-        yield dict(row), Source(f"{name}[{split}]", number)
+        yield {key: without_nulls(value) for key, value in row.items()}, Source(f"{name}[{split}]", number)
 
 
 def _json_lines(path: str, on_bad: OnBad) -> Iterator[Row]:
