@@ -17,7 +17,7 @@ import pytest
 from data.letters import Letters, told, write
 from luthier.contracts.errors import DataError
 from luthier.contracts.event import Event, Noted
-from luthier.contracts.record import Chat
+from luthier.contracts.record import Chat, Record, Sample
 from luthier.data import cache
 from luthier.data.encode import Encoder
 from luthier.data.pairs import ChosenSide
@@ -177,14 +177,14 @@ def test_two_builds_at_once(path: str, home: Path) -> None:
 def test_a_file_that_changes_meanwhile_is_not_kept(path: str, home: Path) -> None:
     section = DataSection(train=(DataSource(path=path),), cache=1.0, bad_rows="quarantine")
     encoder = Encoder(tiny_tokenizer(), Template(CHATML, {"eos_token": "<|im_end|>"}, "chatml"), section)
-    inner, first = encoder._chat, iter([True])
+    inner, first = encoder.samples, iter([True])
 
-    def touching(chat: Chat) -> Any:
+    def touching(record: Record) -> list[Sample]:
         if next(first, False):
             os.utime(path, ns=(1, 1))
-        return inner(chat)
+        return inner(record)
 
-    encoder._chat = touching  # type: ignore[method-assign]
+    encoder.samples = touching  # type: ignore[method-assign]
     heard = Heard()
     drained(preparing(section, encoder, seed=0), heard.append)
     assert "changed while it was read" in heard.notes[0] and not list(home.iterdir())

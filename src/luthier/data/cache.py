@@ -31,6 +31,7 @@ from luthier.data.contents import Content
 from luthier.data.encode import Encoder
 from luthier.data.ledger import Account, Ledger
 from luthier.data.pairs import ChosenSide
+from luthier.data.reading import Place
 from luthier.data.stored import MAKING, Stored, Unusable, opened, size_of
 from luthier.recipe.recipe import DataSection
 
@@ -63,17 +64,19 @@ class Key:
 
 
 def key_of(
-    section: DataSection, encoder: Any, contents: Mapping[str, Content], files: Sequence[str], how: Mapping[str, Any]
+    section: DataSection, encoder: Any, contents: Mapping[str, Content], files: Sequence[Place], how: Mapping[str, Any]
 ) -> Key | None:
     """The key of a set, or None where it cannot be kept. `how`: seed, kinds and name of the objective."""
     encoding = _encoding(encoder)
-    if section.cache == "off" or encoding is None or any(path not in contents for path in files):
+    paths = [place.path for place in files]
+    if section.cache == "off" or encoding is None or any(path not in contents for path in paths):
         return None
-    if section.cache == "auto" and sum(contents[path].stamp[2] for path in set(files)) < LEAST_BYTES:
+    if section.cache == "auto" and sum(contents[path].stamp[2] for path in set(paths)) < LEAST_BYTES:
         return None
     said = section.model_dump(mode="json", exclude=_NOT_DECIDING)
     return Key({
-        "layout": LAYOUT, "files": [[path, contents[path].digest.hex()] for path in files], "section": said,
+        "layout": LAYOUT, "files": [[path, contents[path].digest.hex()] for path in paths], "section": said,
+        "sources": [[place.use, place.source, place.spec.model_dump(mode="json")] for place in files],
         "encoder": encoding, "how": dict(how), "code": code(),
         **{name: version(name) for name in ("jinja2", "numpy", "tokenizers")}, "python": platform.python_version(),
     })  # fmt: skip

@@ -32,7 +32,6 @@ _CALLS = ("tool_call", "function_call")  # roles of turns whose content is the J
 OBJECT, LIST = (dict, Mapping), (list, tuple, Sequence)
 _EXTRA = ("name", "tool_call_id")
 _SPANS = ("train_detail", "training_detail")  # Axolotl: stretches of characters
-_REASONING = ("reasoning_content", "reasoning")
 _WEIGHTS = ("weight", "loss_weight", "loss", "train")
 
 
@@ -92,14 +91,17 @@ def text_of(value: Any, source: Source, place: str, *, may_be_empty: bool = Fals
 
 def weight_of(message: Mapping[str, Any], source: Source, place: str) -> float | None:
     """The loss weight that a message carries: OpenAI's `weight`, `loss_weight`, `loss` or `train`; None = none."""
+    if message.keys().isdisjoint((*_SPANS, *_WEIGHTS)):
+        return None
     for name in _SPANS:
         if message.get(name) is not None:
             raise wrong(
-                "stretches of a message cannot have weights of their own", source, f"{place}.{name}",
-                value=kind_of(message[name]), remedy="give the whole message a weight, or use rows of segments",
-            )  # fmt: skip
-    if message.keys().isdisjoint(_WEIGHTS):
-        return None
+                "stretches of a message cannot have weights of their own",
+                source,
+                f"{place}.{name}",
+                value=kind_of(message[name]),
+                remedy="give the whole message a weight, or use rows of segments",
+            )
     for name in _WEIGHTS:
         value = message.get(name)
         if value is None:
@@ -245,8 +247,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = next((message[name] for name in _REASONING if message.get(name)), None)
-    if thought is not None:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 

@@ -40,11 +40,10 @@ class Reason:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that was done to a row that is kept: how much of it, of what, and whether people should be warned."""
+    """Something that was done to a row that is kept: how much of it, and of what."""
 
     amount: int
     of: str
-    warn: bool = False
 
 
 @dataclass
@@ -53,7 +52,6 @@ class Changes(Reason):
 
     amount: int = 0
     of: str = ""
-    warn: bool = False
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Account:
     changed: dict[str, Changes] = field(default_factory=dict)  # kept rows, by what was done to them
 
     def change(self, what: str, change: Change, source: Source) -> None:
-        changes = self.changed.setdefault(what, Changes(of=change.of, warn=change.warn))
+        changes = self.changed.setdefault(what, Changes(of=change.of))
         changes.amount += change.amount
         changes.add(source)
 
@@ -118,9 +116,9 @@ class Ledger:
 
     accounts: list[Account] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # how sources were read and rows encoded
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
+    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read, rows encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -180,15 +178,14 @@ class Ledger:
             lines.append(f"{self.total('evaluation')} of the kept rows are held out for evaluation")
         if self.leaked:
             lines.append(f"warning: {self.leaked} evaluation rows also stand in the training rows")
-        lines += [f"note: {note}" for note in self.notes]
         for account in self.accounts:
             for name, reason in (*account.dropped.items(), *account.rejected.items()):
                 more = ", …" if reason.count > len(reason.examples) else ""
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
             for name, change in account.changed.items():
                 more = ", …" if change.count > len(change.examples) else ""
-                said = f"{change.count} {'row' if change.count == 1 else 'rows'} {name}, {change.amount} {change.of}"
-                lines.append(f"  {'warning: ' if change.warn else ''}{said}: {', '.join(change.examples)}{more}")
+                said = f"{change.count} rows {name}, {change.amount} {change.of}"
+                lines.append(f"  {said}: {', '.join(change.examples)}{more}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

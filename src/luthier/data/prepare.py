@@ -80,17 +80,14 @@ def preparing(
 ) -> Generator[Event, None, Prepared]:
     """`prepare`, telling how far it is and what it takes from the cache."""
     held = section.eval if isinstance(section.eval, tuple) else ()
-    (sources, notes), (held_sources, more) = resolved(section.train), resolved(held)
-    files = [*places(sources, "train"), *places(held_sources, "eval")]
+    (train, said), (others, besides) = resolved(section.train), resolved(held)
+    files = [*places(train, "train"), *places(others, "eval")]
     contents = yield from looked_at(place.path for place in files)
-    drawn = isinstance(section.eval, float) or any(
-        place.spec.weight % 1 or place.spec.max_rows or place.spec.shard for place in files
-    )
-    said = [identity(one) for one in (*sources, *held_sources)]
-    how = {"seed": seed if drawn else None, "kinds": list(kinds), "objective": objective, "sources": said}
-    key = cache.key_of(section, encoder, contents, [place.path for place in files], how)
-    work = _Preparing(section, encoder, seed, Reader(files, seed, tuple(kinds), objective), contents)
-    work.ledger.notes += notes + more
+    drawn = isinstance(section.eval, float) or any(place.drawn for place in files)
+    how = {"seed": seed if drawn else None, "kinds": list(kinds), "objective": objective}
+    key = cache.key_of(section, encoder, contents, files, how)
+    reader = Reader(files, seed, tuple(kinds), objective, {"train": said, "eval": besides})
+    work = _Preparing(section, encoder, seed, reader, contents)
     if key is None:
         return (yield from work.in_memory())
     stored, trouble = cache.taken(key)
@@ -103,9 +100,7 @@ def preparing(
         return (yield from work.on_disk(key))
     except OSError as error:
         yield Noted("warning", f"encoded rows cannot be kept: {error.strerror or error}: they are held in memory")
-    again = _Preparing(section, encoder, seed, work.reader, contents)
-    again.ledger.notes += notes + more
-    return (yield from again.in_memory())
+    return (yield from _Preparing(section, encoder, seed, work.reader, contents).in_memory())
 
 
 def fingerprint(section: DataSection, contents: Mapping[str, Content] | None = None) -> str:
@@ -205,8 +200,7 @@ class _Preparing:
         shelf = Shelf({name: arrays[name] for name in CODES}, tables["files"], shapes)
         credit(self.encoder, tables["tallies"])
         records = {
-            use: Reread(self.reader.files, self.seed, arrays[f"{use}_place"], arrays[f"{use}_ordinal"])
-            for use in ("train", "eval")
+            use: Reread(self.reader, arrays[f"{use}_place"], arrays[f"{use}_ordinal"]) for use in ("train", "eval")
         }
         return Prepared(
             *self._rows(shelf, arrays["train_samples"], arrays["eval_samples"]), records["train"], records["eval"],
@@ -279,8 +273,8 @@ def _replay(batch: Sequence[Read], answer: Answer, kept: Kept, bad: _Bad) -> Non
         if read.error is not None:
             bad.reject(read.error, read.source, account)
             continue
-        if read.left is not None:
-            account.drop(read.left, read.source)
+        if read.left_out:
+            account.drop(read.left_out, read.source)
             continue
         if not read.copies:
             account.drop(f"left out by weight {read.weight:g}", read.source)
@@ -314,7 +308,9 @@ class _Meter:
     def passed(self, batch: Sequence[Read]) -> tuple[int, int]:
         """(rows so far, rows in all or 0)."""
         self.rows += len(batch)
-        lines = self.before[batch[-1].place] + batch[-1].source.line
+        last = batch[-1]
+        line = last.source.line if last.source.file == last.account.file else last.ordinal + 1
+        lines = self.before[last.place] + line
         return self.rows, round(self.rows * self.all / lines) if self.all and lines else 0
 
 

@@ -6,8 +6,9 @@ things that happened, and the ledger is written when they are replayed, in the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,11 @@ class Place:
     source: int
     use: str  # train | eval
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a draw decides which of its rows are taken."""
+        return bool(self.spec.weight % 1 or self.spec.max_rows or self.spec.shard)
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
@@ -44,7 +50,7 @@ class Read:
     ordinal: int = 0  # of the records of its file, from 0
     weight: float = 1.0  # of its source
     error: DataError | None = None
-    left: str | None = None  # why its source does not take it
+    left_out: str = ""  # why its source does not take it
 
 
 def places(sources: Sequence[DataSource], use: str) -> list[Place]:
@@ -62,54 +68,62 @@ class Reader:
     seed: int
     kinds: tuple[str, ...]
     objective: str
+    notes: Mapping[str, Sequence[str]]  # of each use: what sources were read as
+
+    def source(self, place: Place) -> SourceReader:
+        """The reader of a file's source, at its beginning."""
+        return SourceReader(place.spec, self.seed)
 
     def rows(self, ledger: Ledger) -> Iterator[Read]:
-        """All rows of all files; accounts are opened in `ledger`, and nothing is counted in them yet."""
-        rows_of: dict[tuple[str, int], int] = {}  # of each source
-        readers: dict[tuple[str, int], SourceReader] = {}
-        for number, place in enumerate(self.files):
-            account = ledger.account(place.path, place.use)
-            source = (place.use, place.source)
-            reader = readers.setdefault(source, SourceReader(place.spec, self.seed))
-            beside = _Beside(number, account)
-            wrong = beside.rows
-            try:
-                found = reader.records(place.path, beside.wrong, beside.left)
-                for ordinal, record in enumerate(found):
-                    yield from wrong
-                    wrong.clear()
-                    check_kind(record, self.kinds, self.objective)
-                    row = rows_of[source] = rows_of.get(source, 0) + 1
+        """All rows of all files; accounts are opened and notes written in `ledger`, nothing is counted in it yet."""
+        told: set[str] = set()
+        for (use, _), numbers in groupby(range(len(self.files)), lambda n: (self.files[n].use, self.files[n].source)):
+            if use not in told:
+                told.add(use)
+                ledger.notes += self.notes.get(use, ())
+            files = list(numbers)
+            reader = self.source(self.files[files[0]])
+            row = 0  # of the source
+            for number in files:
+                for read in self._file(number, reader, ledger):
+                    if read.record is None:
+                        yield read
+                        continue
+                    row += 1
+                    place = self.files[number]
                     copies = _copies(place.spec.weight, self.seed, place.source, row)
-                    yield Read(number, account, record.source, record, copies, ordinal, place.spec.weight)
-            except LuthierError:
-                yield from wrong
-                raise
-            yield from wrong
-        ledger.notes += [note for reader in readers.values() for note in reader.notes]
+                    yield replace(read, copies=copies, weight=place.spec.weight)
+            ledger.notes += reader.notes
 
+    def _file(self, number: int, reader: SourceReader, ledger: Ledger) -> Iterator[Read]:
+        """The rows of one file, in its order."""
+        place = self.files[number]
+        account = ledger.account(place.path, place.use)
+        others: list[Read] = []  # wrong, or not taken: told between the records where they stand
 
-@dataclass
-class _Beside:
-    """Rows of one file that are no records, in their order, until they are given out."""
+        def on_bad(error: DataError, at: Source) -> None:
+            others.append(Read(number, account, at, error=error))
 
-    place: int
-    account: Account
-    rows: list[Read] = field(default_factory=list)
+        def leave_out(reason: str, at: Source) -> None:
+            others.append(Read(number, account, at, left_out=reason))
 
-    def wrong(self, error: DataError, at: Source) -> None:
-        self.rows.append(Read(self.place, self.account, at, error=error))
-
-    def left(self, reason: str, at: Source) -> None:
-        self.rows.append(Read(self.place, self.account, at, copies=0, left=reason))
+        try:
+            for ordinal, record in enumerate(reader.records(place.path, on_bad, leave_out)):
+                yield from others
+                others.clear()
+                check_kind(record, self.kinds, self.objective)
+                yield Read(number, account, record.source, record, ordinal=ordinal)
+        except LuthierError:
+            yield from others
+            raise
+        yield from others
 
 
 @dataclass(frozen=True, eq=False)
 class Reread(Sequence[Record]):
     """Records of kept rows, read again from their files when they are asked for; nothing of them is held in memory."""
 
-    files: Sequence[Place]
-    seed: int
+    reader: Reader
     place: NDArray[np.int32]  # of each row
     ordinal: NDArray[np.int64]
 
@@ -132,8 +146,8 @@ class Reread(Sequence[Record]):
         at = start
         while at < stop:
             number = int(self.place[at])
-            place = self.files[number]
-            found = enumerate(self._records(place))
+            place = self.reader.files[number]
+            found = enumerate(self.reader.source(place).records(place.path, _known, _known))
             while at < stop and self.place[at] == number:
                 wanted = int(self.ordinal[at])
                 record = next((record for ordinal, record in found if ordinal == wanted), None)
@@ -143,20 +157,9 @@ class Reread(Sequence[Record]):
                 yield record
                 at += 1
 
-    def _records(self, place: Place) -> Iterator[Record]:
-        """Of one file, in the format that the first file of its source has."""
-        reader = SourceReader(place.spec, self.seed)
-        if (first := reader.files()[0]) != place.path:
-            next(reader.records(first, _known, _left), None)
-        return reader.records(place.path, _known, _left)
 
-
-def _left(reason: str, source: Source) -> None:
-    """A row that its source does not take was counted when the file was read first."""
-
-
-def _known(error: DataError, source: Source) -> None:
-    """A wrong row was told when the file was read first."""
+def _known(why: DataError | str, source: Source) -> None:
+    """A wrong row, or one that is left out, was told when the file was read first."""
 
 
 def _copies(weight: float, seed: int, source: int, row: int) -> int:
