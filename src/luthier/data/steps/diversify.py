@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.contracts.errors import RecipeError
+from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Record
 from luthier.contracts.step import Decision, Item, Room, Rows, SetStep, Sketcher
 from luthier.data.best import score_of
@@ -91,6 +91,12 @@ class Diversify(SetStep):
 
     def decide(self, sketches_B: NDArray[Any], rows: Rows, room: Room) -> Decision:
         count = len(sketches_B)
+        unread = int((~sketches_B["point"].any(axis=1)).sum())
+        if 2 * unread > count:
+            raise DataError(
+                "the model cannot read most of the rows, so a choice by it would be blind", where=f"{_WHERE}.model",
+                value=f"{unread} of {count} rows unread", remedy="give a model of the language of the rows",
+            )  # fmt: skip
         keep = min(count, int(self.keep) if self.keep >= 1 else round(self.keep * count))
         quality_B = worth(np.ascontiguousarray(sketches_B["score"]), self.weight) if self.score else None
         origin_B = np.unique(np.ascontiguousarray(sketches_B["origin"]), return_inverse=True)[1]
@@ -110,7 +116,7 @@ class Diversify(SetStep):
             )
         figures = {
             "coverage": round(covered / max(1, count), 4), "coverage_at_random": round(chance / max(1, count), 4),
-            "chosen_by_order": filled,
+            "chosen_by_order": filled, "rows_without_meaning": unread,
         }  # fmt: skip
         return Decision(copies_B, np.zeros(count, np.int64), (REASON,), figures=figures)
 

@@ -13,6 +13,8 @@ Up to `exact_up_to` rows each is held against all that stay; beyond, against tho
 Default 0.9 is semhash's, for static models; for encoders of your own look at the examples in the figures first. Cost
 with a static model: about 0.1 ms a row to embed, and rows x rows that stay x width operations.
 
+Rows that the model cannot read (another language, no words) stay and are counted, `rows_without_meaning`.
+
 Leaves out: the same words (`exact_dedup`, `near_dedup`: cheaper, run them before), opposites, who does what to whom.
 """
 
