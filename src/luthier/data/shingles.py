@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import chain
@@ -65,17 +64,17 @@ class Shingler:
         lengths_B = np.fromiter(map(len, said), np.int64, len(said))
         if len(self._hashes) > _REMEMBERED:
             self._hashes.clear()
-        flat = np.frombuffer(array("Q", map(self._hashes.__getitem__, chain.from_iterable(said))), dtype=np.uint64)
-        return _sets(mixed(flat), lengths_B, self.n)
+        flat = b"".join(map(self._hashes.__getitem__, chain.from_iterable(said)))
+        return _sets(mixed(np.frombuffer(flat, dtype="<u8")), lengths_B, self.n)
 
 
-class _WordHashes(dict[str, int]):
-    """A word of up to 8 bytes is its own number (they are mixed afterwards); of longer ones BLAKE2b makes one."""
+class _WordHashes(dict[str, bytes]):
+    """Word -> 8 bytes: its own where it has no more (they are mixed afterwards), else BLAKE2b's."""
 
-    def __missing__(self, word: str) -> int:
+    def __missing__(self, word: str) -> bytes:
         raw = word.encode("utf-8", "surrogatepass")
         short = len(raw) <= 8 and 0 not in raw
-        made = self[word] = int.from_bytes(raw if short else blake2b(raw, digest_size=8).digest(), "little")
+        made = self[word] = raw.ljust(8, b"\0") if short else blake2b(raw, digest_size=8).digest()
         return made
 
 
