@@ -1,4 +1,4 @@
-"""Made texts for the figures of duplicates: words of a seeded vocabulary as often as natural text has them, and a share of rows that are others changed.
+"""Made texts for the figures of duplicates: words of a seeded vocabulary, drawn by Zipf's law as in natural text.
 
 `text(i)` depends on i alone, so a million rows need no file: three rows of ten are an earlier one with 0 to 4 words
 changed. Every fourth row also holds letters beyond ASCII where `accents` asks for it.
@@ -24,9 +24,7 @@ def _vocabulary() -> list[str]:
 
 
 VOCABULARY = _vocabulary()
-_OFTEN = list(
-    accumulate(1 / (rank + 2.7) for rank in range(len(VOCABULARY)))
-)  # Zipf
+_OFTEN = list(accumulate(1 / (rank + 2.7) for rank in range(len(VOCABULARY))))  # Zipf
 
 
 class Worded(Sequence[Item]):
