@@ -11,7 +11,7 @@ between the smallest (0) and the largest (1) of the set, 0 without a note: in s_
 With `by_origin` each data source keeps its share of the rows. Sets of more than `part` rows are shuffled by the seed
 into parts of at most so many, and each part gives its share: the work is linear in the rows, the result a little less.
 
-Cost of 20,000 rows, 2,000 chosen, on one core: facility location about 15 s and 1.6 GB, k-DPP 25 s and 0.4 GB, k-center
+Cost of 20,000 rows, 2,000 chosen, on one core: facility location 13 to 18 s and 1.6 GB, k-DPP 19 s and 0.4 GB, k-center
 2 s. The figures say how near the rows lie to the chosen (`coverage`, a mean cosine) and how near they would lie to as
 many taken at random. Leaves out: choosing for a task (that is retrieval), choosing by what a model finds hard.
 """
