@@ -1,4 +1,4 @@
-"""Made texts for the figures of duplicates: words of a seeded vocabulary, and a share of rows that are others changed.
+"""Made texts for the figures of duplicates: words of a seeded vocabulary, drawn by Zipf's law as in natural text.
 
 `text(i)` depends on i alone, so a million rows need no file: three rows of ten are an earlier one with 0 to 4 words
 changed. Every fourth row also holds letters beyond ASCII where `accents` asks for it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from luthier.contracts.record import Chat, Source, Text
 from luthier.contracts.step import Item
@@ -23,6 +24,7 @@ def _vocabulary() -> list[str]:
 
 
 VOCABULARY = _vocabulary()
+_OFTEN = list(accumulate(1 / (rank + 2.7) for rank in range(len(VOCABULARY))))  # Zipf
 
 
 class Worded(Sequence[Item]):
@@ -43,7 +45,7 @@ class Worded(Sequence[Item]):
     def _said(self, index: int) -> list[str]:
         rng = random.Random(index)
         if index % 10 > 2 or index < 10:
-            return rng.choices(VOCABULARY, k=self.words)
+            return rng.choices(VOCABULARY, cum_weights=_OFTEN, k=self.words)
         base = max(3, index - 1 - rng.randrange(min(index, _BACK)))
         said = self._said(base + (3 - base % 10 if base % 10 < 3 else 0))
         for _ in range(rng.choice((0, 1, 1, 2, 4))):
@@ -56,7 +58,7 @@ def chats(count: int, characters: int, accents: bool) -> list[Item]:
     rng, rows = random.Random(1), Worded(count, characters)
     made: list[Item] = []
     for index in range(count):
-        said = rng.choices(VOCABULARY, k=rows.words)
+        said = rng.choices(VOCABULARY, cum_weights=_OFTEN, k=rows.words)
         if accents and index % 4 == 0:
             said[0:64:8] = ["naïve", "Straße", "ﬁn", "１２", "café", "你好", "λ", "Ünï"]
         if index % 5 == 4:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from luthier.contracts.errors import RecipeError
+from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Source, Text
 from luthier.contracts.step import Item, Room
 from luthier.data import selection
@@ -152,6 +152,15 @@ def test_copies_fill_what_is_asked_for() -> None:
     assert made.copies_B.sum() == 7 and made.figures["chosen_by_order"] == 4
     assert decided(Diversify(model="m", keep=99), points(5, 4)).copies_B.tolist() == [1] * 5
     assert decided(Diversify(model="m", keep=0.5), np.zeros((0, 4), np.float32)).copies_B.tolist() == []
+
+
+def test_a_blind_choice_is_refused() -> None:
+    x = points(10, 4)
+    x[:6] = 0
+    with pytest.raises(DataError, match="6 of 10 rows unread"):
+        decided(Diversify(model="m"), x)
+    x[5] = x[6]
+    assert decided(Diversify(model="m", keep=3), x).figures["rows_without_meaning"] == 5
 
 
 def test_worth() -> None:

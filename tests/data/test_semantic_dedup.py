@@ -23,7 +23,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Source, Text
 from luthier.contracts.step import Item, Room
 from luthier.data.alike import ROUNDING, clustered, nearest, spherical_k_means, stand_ins
-from luthier.data.applied import apply, batches
+from luthier.data.applied import apply, batches, read
 from luthier.data.embedder import Static, find_model, on_sphere, open_embedder
 from luthier.data.facts import digest, facts
 from luthier.data.steps.semantic_dedup import REASON, SemanticDedup
@@ -153,13 +153,16 @@ def test_the_same_points_as_model2vec(shared_data: Any) -> None:
     from model2vec import StaticModel
 
     directory = shared_data(POTION)
-    texts = [pair[side] for pair in PARAPHRASES for side in "ab"] + [
-        "",
-        "naïve ﬁ 你好 🙂 [CLS] a\x0bb\x85c\x1cd\u2028e",
-        "x" * 300,
-    ]
+    texts = [pair[side] for pair in PARAPHRASES for side in "ab"]
+    texts += ["", f"naïve ﬁ [CLS] a\x0bb\x85c\x1cd\u2028e {texts[0]} {texts[2]} 🙂", "x" * 300]
     theirs = StaticModel.from_pretrained(str(directory)).encode(texts, use_multiprocessing=False, normalize=True)
     assert np.abs(open_embedder(str(directory), "model").embed(texts) - theirs).max() < 1e-6
+
+
+def test_rows_that_the_model_cannot_read_stay(shared_data: Any) -> None:
+    rows = [Item(record) for record in read(str(shared_data("raw/llamafactory/alpaca_zh_demo.json")))][:100]
+    kept, (tally,) = apply([SemanticDedup(model=str(shared_data(POTION)))], rows, ROOM)
+    assert len(kept) == 100 and tally.figures["rows_without_meaning"] >= 98
 
 
 @given(
