@@ -20,7 +20,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,7 @@ class BuildSpec:
     evaluation: tuple[str, ...] = ()  # the files of data.eval
     tokenizer: Callable[[], Any] | None = field(default=None, compare=False)
     tokenizer_digest: str = ""  # of what it opens
+    scorer: Callable[[str], Any] | None = field(default=None, compare=False)  # opens a reward model
     offline: bool = False
 
 
@@ -90,7 +91,8 @@ def build(
         sweep(out, passes)
         with runner or Crew(workers or _workers(spec)) as crew:
             for work in passes:
-                crew.run(work, progress or _quiet)
+                here = isinstance(crew, Crew)  # the decision of a set step is made in this process
+                crew.run(_heard(work, progress or _quiet) if here else work, progress or _quiet)
         shutil.rmtree(out / ".work" / "stages", ignore_errors=True)
         return Built(out, finish.manifest(), finish.ledger())
 
@@ -104,7 +106,7 @@ def plan(spec: BuildSpec, out: Path, digest: Callable[[str], str] | None = None)
         for source in spec.sources
         for path in expand(source.path, source.split)
     )
-    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline)
+    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline, spec.scorer)
     inputs = [{"file": path, "sha256": digest(path)} for path, _, _ in files]
     said = [
         {**one, "source": source.model_dump(), "origin": o} for one, (_, source, o) in zip(inputs, files, strict=True)
@@ -165,6 +167,13 @@ def file_digest(path: str) -> str:
         return state.hexdigest()
     with place.open("rb") as file_:
         return hashlib.file_digest(file_, "sha256").hexdigest()
+
+
+def _heard(work: Pass, progress: Progress) -> Pass:
+    """A decision can take long, and says by itself how far it is. It never leaves this process."""
+    if not isinstance(work, DecidePass):
+        return work
+    return replace(work, room=replace(work.room, progress=lambda what, done, of: progress(what, done, of, "rows")))
 
 
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:

@@ -26,7 +26,7 @@ import numpy as np
 from luthier.contracts.errors import DataError, LuthierError, raise_all
 from luthier.contracts.record import Source
 from luthier.contracts.step import Decision, Item, Room, RowStep, SetStep
-from luthier.data.applied import added, batches, cache_name, decided, name_of, rows_through
+from luthier.data.applied import BATCH, added, batches, cache_name, decided, name_of, rows_through
 from luthier.data.detect import records
 from luthier.data.faults import MOST_REASONS, Faults
 from luthier.data.ledger import Account
@@ -168,6 +168,11 @@ class PartPass(Pass):
     def parts(self) -> list[str]:
         return self.units()
 
+    @property
+    def batch(self) -> int:
+        """Rows that a step is given at once; few where it asks an endpoint or runs a model, so that progress shows."""
+        return 64 if self.serial else BATCH
+
     def size(self, name: str) -> int:
         return int((self.before.about(name) or {}).get("rows", 0))
 
@@ -194,7 +199,7 @@ class RowPass(PartPass):
         tallies = [Tally(name_of(step)) for step in self.steps]
 
         def rows() -> Iterator[Item]:
-            for batch in batches(self.before.items(name)):
+            for batch in batches(self.before.items(name), self.batch):
                 size = len(batch)
                 for work, tally in zip(self.works, tallies, strict=True):
                     batch = rows_through(work, batch, tally)
@@ -229,7 +234,7 @@ class SketchPass(PartPass):
 
     def unit(self, name: str, report: Report) -> None:
         made = []
-        for batch in batches(self.before.items(name)):
+        for batch in batches(self.before.items(name), self.batch):
             made.append(self.sketcher(batch))
             report(len(batch))
         self.stage.put(sketch_name(name), np.concatenate(made or [self.sketcher([])]), {})
