@@ -68,6 +68,23 @@ def test_a_build_writes_the_card_that_is_made_of_it(tmp_path: Path) -> None:
     assert {README, STATS} <= set(first)
     make_card(out, CardWords())
     assert contents(out) == first
+    (out / STATS).unlink()  # counted again from the rows: the same
+    make_card(out, CardWords())
+    assert contents(out) == first
+
+
+def test_tokens_stand_in_it_where_the_build_has_a_tokenizer(tmp_path: Path) -> None:
+    out = build(replace(spec(tmp_path), tokenizer=Letters, tokenizer_digest="x"), tmp_path / "out").directory
+    make_card(out, CardWords(title="Counted"))
+    text = (out / README).read_text("utf-8")
+    assert "| answer tokens |" in text and "# Counted" in text
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
+        return list(text)
 
 
 def test_the_same_build_has_the_same_card(tmp_path: Path) -> None:

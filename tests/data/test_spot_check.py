@@ -283,6 +283,25 @@ def test_verdicts_from_the_command_line(tmp_path: Path, capsys: Capture) -> None
     assert main(["data", "verdicts", str(folder), str(check), "--accept", "0.5"]) == 0
 
 
+def test_the_judge_stands_beside_the_people(tmp_path: Path, capsys: Capture) -> None:
+    """The judge's marks are 1.5, 2.5, 3.5, 4.5 in turn: good from 4. People call the first good as well."""
+    folder = write(tmp_path / "built", items(40))
+    marks = {f"Question {i}?": 1.5 + i % 4 for i in range(40)}
+    check = filled(folder, tmp_path / "check.csv", lambda at: "", share=1.0)
+    rows = list(csv.DictReader(io.StringIO(check.read_text("utf-8"), newline="")))
+    with check.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, "verdict": "good" if marks[row["prompt"]] in (1.5, 4.5) else "bad"})
+    assert main(["data", "verdicts", str(folder), str(check), "--json"]) == 0
+    beside = json.loads(capsys.readouterr().out)["judge"]
+    assert (beside["rows"], beside["agreed"]) == (40, 30)
+    assert beside["kappa"] == pytest.approx((0.75 - 0.5) / 0.5)
+    assert main(["data", "verdicts", str(folder), str(check)]) == 0
+    assert "agree on 30 of 40 rows, Cohen's kappa 0.50" in capsys.readouterr().out
+
+
 def test_sheets_as_spreadsheets_save_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "built", items(30))
     check = filled(folder, tmp_path / "a.csv", lambda at: "good", rows=10)

@@ -96,6 +96,9 @@ def _tell(made: dict[str, Any]) -> None:
         click.echo(f"  if every unsure row is bad: {made['if_unsure_is_bad']:.1%}")
     if made["rows_of_strata_without_verdicts"]:
         click.echo(f"  nothing is said of {made['rows_of_strata_without_verdicts']:,} rows in strata without a verdict")
+    if beside := made.get("judge"):
+        kappa = "not defined" if beside["kappa"] is None else f"{beside['kappa']:.2f}"
+        click.echo(f"  judge and people agree on {beside['agreed']} of {beside['rows']} rows, Cohen's kappa {kappa}")
     for one in made["strata"]:
         name = ", ".join(f"{key} {value}" for key, value in one["stratum"].items() if value != "-") or "all"
         said = _share(one) if "share" in one else "no verdict"

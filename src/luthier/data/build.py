@@ -92,7 +92,8 @@ def build(
         sweep(out, passes)
         with runner or Crew(workers or _workers(spec)) as crew:
             for work in passes:
-                crew.run(_heard(work, progress or _quiet), progress or _quiet)
+                here = isinstance(crew, Crew)  # the decision of a set step is made in this process
+                crew.run(_heard(work, progress or _quiet) if here else work, progress or _quiet)
         shutil.rmtree(out / ".work" / "stages", ignore_errors=True)
         return Built(out, finish.manifest(), finish.ledger())
 

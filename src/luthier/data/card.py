@@ -148,7 +148,8 @@ def _special(steps: Sequence[Tally]) -> list[str]:
 def _found(step: Tally) -> str:
     gone = _reasons({name: one.count for name, one in step.left.items()}) or "none"
     changed = f"; changed: {_reasons(step.changed)}" if step.changed else ""
-    return "\n\n".join([f"`{step.name}`: of {step.read:,} rows left: {gone}{changed}.", *plain_figures(step.figures)])
+    said = f"`{step.name}` read {step.read:,} rows. Left out: {gone}{changed}."
+    return "\n\n".join([said, *plain_figures(step.figures)])
 
 
 def _lengths(quality: Mapping[str, Any]) -> str:

@@ -186,7 +186,9 @@ def judged(read: Iterable[Row], by: Sequence[str], path: Path) -> Verdicts:
             continue
         note = row.item.notes.get("judge")
         judge = float(note) if isinstance(note, int | float) and not isinstance(note, bool) else None
-        checked.append(Checked(row.line, stratum, word, WORDS[word], comment, judge))
+        source = row.item.record.source
+        place = (source.file, source.line)
+        checked.append(Checked(row.line, stratum, word, WORDS[word], comment, place, judge))
     errors += [_foreign(path, line) for line, *_ in said.values()]
     raise_all(sorted(errors, key=lambda error: int(str(error.where).rpartition(":")[2]))[:_TOLD])
     made = Verdicts(tuple(by), {stratum: Count(rows) for stratum, rows in strata.rows.items()}, empty)

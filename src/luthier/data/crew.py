@@ -91,7 +91,7 @@ class Crew:
                 rank, process = pipes[pipe]
                 try:
                     kind, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     process.join(timeout=10)
                     raise _dead(work, process) from None
                 if kind == "rows":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from luthier.contracts.errors import DataError
@@ -38,12 +39,20 @@ class CountPass(PartPass):
     title = "quality"
 
     def unit(self, name: str, report: Report) -> None:
-        quality, weights, rows = Quality(seed=self.room.seed), dict(self.weights), 0
+        quality, weights, rows = Quality(seed=self.room.seed, tokens=self.tokens), dict(self.weights), 0
         for item in self.before.items(name):
             quality.see(item, copies_of(item, weights.get(item.origin, 1.0), self.room.seed))
             rows += 1
         report(rows)
         self.stage.done(name, {"quality": quality.to_json()})
+
+    @cached_property
+    def tokens(self) -> Callable[[str], int] | None:
+        """How long a text is for the model, where the build has a tokenizer."""
+        if self.room.tokenizer is None:
+            return None
+        tokenizer = self.room.tokenizer()
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
     def joined(self) -> Quality:
         """The counts of all parts."""

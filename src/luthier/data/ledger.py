@@ -40,10 +40,11 @@ class Reason:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that was done to a row that is kept: how much of it, and of what."""
+    """Something that was done to a row that is kept: how much of it, of what, and whether people should be warned."""
 
     amount: int
     of: str
+    warn: bool = False
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Changes(Reason):
 
     amount: int = 0
     of: str = ""
+    warn: bool = False
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Account:
     changed: dict[str, Changes] = field(default_factory=dict)  # kept rows, by what was done to them
 
     def change(self, what: str, change: Change, source: Source) -> None:
-        changes = self.changed.setdefault(what, Changes(of=change.of))
+        changes = self.changed.setdefault(what, Changes(of=change.of, warn=change.warn))
         changes.amount += change.amount
         changes.add(source)
 
@@ -118,7 +120,7 @@ class Ledger:
     rejects: list[dict[str, Any]] = field(default_factory=list)
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
-    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read, rows encoded
+    notes: list[str] = field(default_factory=list)  # how sources were read and rows encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""
@@ -184,8 +186,8 @@ class Ledger:
                 lines.append(f"  {reason.count} {name}: {', '.join(reason.examples)}{more}")
             for name, change in account.changed.items():
                 more = ", …" if change.count > len(change.examples) else ""
-                said = f"{change.count} rows {name}, {change.amount} {change.of}"
-                lines.append(f"  {said}: {', '.join(change.examples)}{more}")
+                said = f"{change.count} {'row' if change.count == 1 else 'rows'} {name}, {change.amount} {change.of}"
+                lines.append(f"  {'warning: ' if change.warn else ''}{said}: {', '.join(change.examples)}{more}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

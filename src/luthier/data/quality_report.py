@@ -27,13 +27,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from luthier.contracts.step import Item
+from luthier.data.kinds import SUPERVISED
 from luthier.data.quality_count import Quality, Sampled
 from luthier.data.row_facts import DIMENSIONS, word_list
-from luthier.data.sketches import Lengths
+from luthier.data.sketches import Lengths, count
 from luthier.data.tally import Tally
 from luthier.data.topics import Embed, effective, spread
 
 GRAM_WORDS = 100  # words of an answer that distinct-n looks at
+_SUPERVISED = tuple(kind.lower() for kind in SUPERVISED)  # one objective reads them all
 LOW_JUDGE = 400  # a judge's 4 of 5, in hundredths
 
 
@@ -59,7 +61,9 @@ BARS = (
     Bar("completeness", "score", "least", 0.99, "cut answers teach a model to stop early, missing ones teach nothing"),
     Bar("consistency", "score", "least", 0.98, "broken turns and answers in another language"),
     Bar("consistency", "contradicted prompts", "most", 0.02, "one prompt with different answers pulls both ways"),
-    Bar("consistency", "rarer kind", "most", 0.0, "one objective reads one kind of row"),
+    Bar(
+        "consistency", "rows of a rarer objective", "most", 0.0, "pairs, labels and plain answers do not train together"
+    ),
     Bar("diversity", "score", "least", 0.9, "prompts that come again are seen more often than was meant"),
     Bar("diversity", "distinct rows", "least", 0.999, "the same row twice: exact_dedup"),
     Bar("diversity", "distinct answers", "least", 0.8, "one answer to many prompts is learnt by heart"),
@@ -114,7 +118,7 @@ def _correctness(quality: Quality, read: int, rejected: int) -> dict[str, float]
         judged = quality.scores.get(name)
         if judged:
             rows = sum(judged.counts.values())
-            low = sum(count for score, count in judged.counts.items() if score < LOW_JUDGE)
+            low = sum(times for score, times in judged.counts.items() if score < LOW_JUDGE)
             made["judged rows"], made["judged below 4"] = quality.share(rows), round(low / rows, 6)
             break
     return made
@@ -123,7 +127,10 @@ def _correctness(quality: Quality, read: int, rejected: int) -> dict[str, float]
 def _consistency(quality: Quality) -> dict[str, float]:
     made = {"contradicted prompts": quality.contradicted()}
     if quality.kinds:
-        made["rarer kind"] = round(1 - max(quality.kinds.values()) / quality.rows, 6)
+        families: dict[str, int] = {}
+        for kind, rows in quality.kinds.items():
+            count(families, "supervised" if kind in _SUPERVISED else kind, rows)
+        made["rows of a rarer objective"] = round(1 - max(families.values()) / quality.rows, 6)
         made["largest language"] = quality.share(max(quality.languages.values()))
     for shape in ("system prompt", "reasoning"):
         made[f"with {shape}"] = quality.share(quality.shapes.get(shape, 0))

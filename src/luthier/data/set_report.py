@@ -28,11 +28,8 @@ def set_report(built: Path, words: Path | None = None, embed: Embed | None = Non
 
     What a build has counted is not counted again: stats.json, where it is of this manifest.
     """
-    if built.is_dir() and words is None and embed is None and (built / STATS).exists():
-        stats = facts_file(built, STATS)
-        if stats["manifest"] == facts_file(built, MANIFEST):
-            made: dict[str, Any] = stats["quality"]
-            return made
+    if words is None and embed is None and (made := _counted_before(built)):
+        return made
     phrases = frozenset(words.read_text("utf-8").split("\n")) - {""} if words else frozenset()
     detect = listed(phrases) if phrases else None
     quality = counted((row.item for row in built_rows(built)), Quality(detect=detect))
@@ -49,10 +46,22 @@ def make_card(built: Path, words: CardWords, embed: Embed | None = None) -> list
         seen = f"{size} bytes of {manifest['output']['bytes']}"
         raise DataError("the rows are not those that the manifest seals", where=str(rows_file(built)), value=seen,
                         remedy="build the set again")  # fmt: skip
-    quality = counted((row.item for row in built_rows(built)), Quality(seed=manifest["seed"]))
-    facts = card_facts(manifest, ledger, _reported(quality, ledger, embed))
+    quality = None if embed else _counted_before(built)  # with the tokens that only a build can count
+    if quality is None:
+        counts = counted((row.item for row in built_rows(built)), Quality(seed=manifest["seed"]))
+        quality = _reported(counts, ledger, embed)
+    facts = card_facts(manifest, ledger, quality)
     write_card(built, facts, words, _drawn(built, words.samples, manifest["seed"]))
     return [built / README, built / STATS]
+
+
+def _counted_before(built: Path) -> dict[str, Any] | None:
+    """The report that the build of this very manifest wrote."""
+    if not (built / STATS).exists():
+        return None
+    stats = facts_file(built, STATS)
+    made: dict[str, Any] = stats["quality"]
+    return made if stats["manifest"] == facts_file(built, MANIFEST) else None
 
 
 def _reported(quality: Quality, ledger: Any, embed: Embed | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
 
+from luthier.data.agreement import Place, agreement
 from luthier.data.spot_check import Stratum
 
 Verdict = Literal["good", "bad", "unsure"]
@@ -37,6 +38,7 @@ class Checked:
     word: str
     verdict: Verdict
     comment: str = ""
+    place: Place = ("", 0)  # file and line that the row came from
     judge: float | None = None  # the note of the `judge` step, for the agreement of judge and people
 
 
@@ -75,6 +77,13 @@ class Verdicts:
         setattr(count, one.verdict, getattr(count, one.verdict) + 1)
         self.checked.append(one)
 
+    def beside_judge(self) -> dict[str, Any] | None:
+        """How far the judge's marks and the people say the same (agreement.py); None where no row has a mark."""
+        marked = {one.place: one.judge for one in self.checked if one.judge is not None and one.verdict != "unsure"}
+        said = {one.place: int(one.word) if one.word.isdigit() else one.word for one in self.checked
+                if one.place in marked}  # fmt: skip
+        return agreement(marked, said) if marked else None
+
     @property
     def share(self) -> float | None:
         """Share of good rows, each stratum by its rows; None without a verdict."""
@@ -97,6 +106,8 @@ class Verdicts:
             size = effective_size([(count.rows, count.judged) for count in counts])
             worst = _weighted([(c.rows, c.good, c.judged + c.unsure) for c in counts])
             assert worst is not None
+            if beside := self.beside_judge():
+                made["judge"] = beside
             made |= {
                 "share": round(self.share, 6), "interval": rounded(wilson(self.share, size)),
                 "interval_finite": rounded(wilson(self.share, finite(size, judged, rows))),
