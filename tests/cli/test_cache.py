@@ -60,7 +60,8 @@ def test_rows_of_a_recipe_are_kept_and_taken(
     model, rows = shared_data("models/stories260K-chatml"), shared_data("raw/llamafactory/identity.json")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model: {model}\ndata: {{train: {rows}, cache: 1.0, max_tokens: 512}}\nmethod: lora\noutput_dir: {tmp_path}/run\n"
+        f"model: {model}\ndata: {{train: {rows}, cache: 1.0, max_tokens: 512}}\n"
+        f"method: lora\noutput_dir: {tmp_path}/run\n"
     )
     said = []
     for _ in range(2):

@@ -20,7 +20,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -143,10 +143,12 @@ class _Wrapper:
         return made
 
     def stray(self, index: int, value: Any) -> Any:
-        """Names, ids, tool schemas: marked only where a control string occurs in them."""
+        """Names, ids, tool schemas: marked only where a control string is in them or could grow from them."""
         if self.controls is None:
             return value
         if isinstance(value, str):
+            if _is_fragment(value.strip(), self.controls.pattern):
+                return self._mark(index, "other", value)
             return self.controls.sub(lambda found: self._mark(index, "other", found.group()), value)
         if isinstance(value, Mapping):
             return {self.stray(index, key): self.stray(index, item) for key, item in value.items()}
@@ -266,6 +268,22 @@ class _Wrapper:
         if isinstance(value, (list, tuple)):
             return [self._arguments(index, item) for item in value]
         return value
+
+
+def _is_fragment(text: str, controls: str) -> bool:
+    """Whether the text begins with an end of a control string, or ends with a beginning of one."""
+    heads, tails, longest = _fragments(controls)
+    lengths = range(1, min(len(text), longest) + 1)
+    return any(text[-n:] in heads or text[:n] in tails for n in lengths)
+
+
+@lru_cache(maxsize=64)
+def _fragments(controls: str) -> tuple[frozenset[str], frozenset[str], int]:
+    """Beginnings and ends of the control strings of a pattern that have more than letters and digits."""
+    strings = [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\)\|", controls)]
+    heads = {text[:n] for text in strings for n in range(1, len(text)) if not text[:n].isalnum()}
+    tails = {text[n:] for text in strings for n in range(1, len(text)) if not text[n:].isalnum()}
+    return frozenset(heads), frozenset(tails), max(map(len, strings), default=0)
 
 
 def _free_base(plain: str, messages: Sequence[Mapping[str, Any]]) -> int:
