@@ -199,10 +199,12 @@ def _every(cases: list[_Case], conditions: str) -> Figure:
     chats = dict.fromkeys(case.chat for case in cases)
     templates = len({case.masker.template.name for case in cases})
     wrong = sum(case.ours is not None and not _holds(case) for case in cases)
+    first = {case.masker.template.name: case for case in cases}.values()
+    theirs = sum(_training_template(case) is not None for case in first)
     return Figure(
         "D2", "templates proven in each conversation, the others refused by name",
         ", ".join(f"{chat} {proven[chat]}" for chat in chats) + f" of {templates}; silently wrong {wrong}",
-        "TRL trains about 25 templates, found by equal bytes", "0 silently wrong", not wrong, conditions,
+        f"TRL has a template to train with for {theirs} of {templates}", "0 silently wrong", not wrong, conditions,
     )  # fmt: skip
 
 
