@@ -321,7 +321,7 @@ def _stream(
 
 def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:
     """What a person should know before the first step."""
-    notes = []
+    notes = [*prepared.ledger.notes]
     if trunk.path != "forest":
         notes.append(f"rows run unpacked: {trunk.reason}")
     if prepared.ledger.leaked:

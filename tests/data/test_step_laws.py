@@ -35,6 +35,9 @@ from luthier.recipe.recipe import DataSource
 
 MARK = "zebra"  # a word of every row: it must never stand in a reason
 FIELDS: dict[str, dict[str, Any]] = {  # step -> fields that the laws give it; "@name" is a file of the test
+    "decontaminate": {"against": ["@held_out"]},
+    "semantic_dedup": {"model": "@models/potion-base-4m-int8"},
+    "diversify": {"model": "@models/potion-base-4m-int8", "keep": 0.5},
     "judge": {"endpoint": "@endpoint", "least": 2},
     "expand": {"endpoint": "@endpoint", "rows": 7},
     "reward_score": {"model": "@reward", "top": 0.5},
