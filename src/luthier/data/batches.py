@@ -16,7 +16,6 @@ import numpy as np
 from luthier.contracts.errors import DataError, LuthierError
 from luthier.contracts.record import Record, Sample
 from luthier.data.ledger import Change, Dropped
-from luthier.data.pack import compact
 from luthier.data.shelf import Columns
 
 BATCH_ROWS = 128
@@ -66,7 +65,7 @@ def encode_batch(encoder: Encoder, records: Iterable[Record]) -> Answer:
 
 def _encoded(encoder: Encoder, record: Record, columns: Columns) -> Outcome:
     try:
-        samples = [compact(sample) for sample in encoder.samples(record)]
+        samples = encoder.samples(record)
     except Dropped as dropped:
         return Outcome(dropped=dropped.reason)
     except LuthierError as error:

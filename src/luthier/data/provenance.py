@@ -188,8 +188,10 @@ class _Wrapper:
 
     def _with_tags(self, span: Span, text: str) -> Span:
         """The span with the tags of its piece that were left outside the marks, where the text has them."""
-        before, after = self.outside.get(span.piece, ("", ""))
-        start = span.start - len(before) if text[: span.start].endswith(before) else span.start
+        if span.piece not in self.outside:
+            return span
+        before, after = self.outside[span.piece]
+        start = span.start - len(before) if text.endswith(before, 0, span.start) else span.start
         end = span.end + len(after) if text.startswith(after, span.end) else span.end
         return replace(span, start=start, end=end)
 

@@ -7,8 +7,8 @@
     shape   int32    of each sample: its sequences and the names of its extra numbers, a line of the table `shapes`
     extra   float64  those numbers
 
-`Columns` takes samples (compact ones: pack.compact) and gives them back through `Rows`, equal to the bit; what travels
-between processes and what lies in the cache are the same columns. A sample is made when it is asked for: two slices.
+`Columns` takes samples and gives them back through `Rows`, equal to the bit to what pack.compact makes of them; what
+travels between processes and lies in the cache are the same columns. A sample is made when it is asked for: two slices.
 """
 
 from __future__ import annotations
@@ -43,18 +43,15 @@ class Columns:
         return len(self.arrays["pieces"])
 
     def add(self, sample: Sample) -> None:
-        """One sample, its numbers as pack.compact makes them."""
+        """One sample, its numbers made small as pack.compact makes them."""
         a = self.arrays
         for piece in sample.pieces:
-            tokens, weights = np.asarray(piece.tokens), np.asarray(piece.weights)
-            if tokens.dtype != np.int32 or weights.dtype not in (np.uint8, np.float32):
-                raise TypeError(
-                    f"a sample's numbers are int32 and uint8 or float32, not {tokens.dtype}, {weights.dtype}"
-                )
-            kind = int(weights.dtype == np.float32)
-            a["tokens"].frombytes(tokens.tobytes())
-            a["parts" if kind else "whole"].frombytes(weights.tobytes())
-            a["length"].append(len(tokens))
+            weights = np.asarray(piece.weights, dtype=np.float32)
+            whole = weights.astype(np.uint8)
+            kind = int(not (whole == weights).all())
+            a["tokens"].frombytes(np.asarray(piece.tokens, dtype=np.int32).tobytes())
+            a["parts" if kind else "whole"].frombytes((weights if kind else whole).tobytes())
+            a["length"].append(len(weights))
             a["parent"].append(piece.parent)
             a["kind"].append(kind)
         names = tuple((name, len(values)) for name, values in sample.extra.items())
@@ -161,7 +158,7 @@ class Rows(Sequence[Sample]):
 
 
 def columns_of(samples: Iterable[Sample]) -> Columns:
-    """Columns of compact samples."""
+    """Columns of samples."""
     made = Columns()
     for sample in samples:
         made.add(sample)

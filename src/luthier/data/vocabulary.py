@@ -152,10 +152,12 @@ class Vocabulary:
     def controls(self, encoded: Encoded) -> Ints:
         """Positions of control tokens. The unknown token is one only where it was written out."""
         found = np.flatnonzero(self._is_control[encoded.ids_T])
-        if self.unknown is None or not (encoded.ids_T[found] == self.unknown).any():
+        if self.unknown is None:
             return found
-        written = [self._written(encoded, int(i)) or int(encoded.ids_T[i]) != self.unknown for i in found]
-        return found[np.asarray(written, dtype=bool)]
+        doubtful = found[encoded.ids_T[found] == self.unknown]
+        word = str(self.tokenizer.unk_token)
+        never = [i for i in doubtful if encoded.text[encoded.start_T[i] : encoded.end_T[i]].strip() != word]
+        return found[~np.isin(found, never)] if never else found
 
     def encode_neutral(self, encoded: Encoded, drop: Ints) -> Encoded:
         """The same text with the control tokens at positions `drop` encoded as the characters they are written in."""
@@ -172,9 +174,6 @@ class Vocabulary:
                 remedy="remove them from the row, or set data.injection: error | allow",
             )  # fmt: skip
         return made
-
-    def _written(self, encoded: Encoded, i: int) -> bool:
-        return encoded.text[encoded.start_T[i] : encoded.end_T[i]].strip() == self.tokenizer.unk_token
 
     def _sections(self, encoded: Encoded, kept: Ints) -> Encoded:
         """Encode between the kept control tokens with the twin that knows no added tokens."""

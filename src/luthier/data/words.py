@@ -24,6 +24,7 @@ import itertools
 import json
 import re
 import unicodedata
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,22 +51,21 @@ class Uncovered(Exception):
     """A word whose bytes the vocabulary does not cover: the plain way says what is wrong."""
 
 
-class _Table(dict[str, list[int]]):
-    """Word -> ids, filled on demand by the tokenizer's own model."""
+class _Table(dict[str, bytes]):
+    """Word -> ids (as the bytes of int64, which join without a look at each), filled by the tokenizer's own model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def __missing__(self, word: str) -> list[int]:
+    def __missing__(self, word: str) -> bytes:
         shown = word.translate(_SHOWN)
         tokens = self.model.tokenize(shown)
         if "".join(token.value for token in tokens) != shown:
             raise Uncovered(word)
         if len(self) >= _MOST_WORDS:
             self.clear()
-        ids = [int(token.id) for token in tokens]
-        self[word] = ids
+        self[word] = ids = _packed(token.id for token in tokens)
         return ids
 
 
@@ -76,11 +76,11 @@ class QuickWords:
     backend: Tokenizer
     split: re.Pattern[str]
     markers: tuple[re.Pattern[str], ...]  # added tokens, in the order in which the library looks for them
-    added: dict[str, int]
+    added: dict[str, bytes]  # each added token as its one id
     composes: bool  # the tokenizer brings texts to NFC first
     lengths: np.ndarray  # bytes of each token of the vocabulary, -1 = not a byte-level token
     table: _Table = field(init=False)
-    pieces: dict[str, list[int]] = field(default_factory=dict)  # short sections, and pieces of other letters
+    pieces: dict[str, bytes] = field(default_factory=dict)  # short sections, and pieces of other letters
 
     def __post_init__(self) -> None:
         self.table = _Table(self.backend.model)
@@ -91,18 +91,18 @@ class QuickWords:
         None where only the plain way can tell.
         """
         try:
-            ids: list[int] = []
+            parts: list[bytes] = []
             for number, section in enumerate(self._sections(text)):
                 if number % 2:
-                    ids.append(self.added[section])
+                    parts.append(self.added[section])
                 elif (known := self.pieces.get(section)) is not None:
-                    ids += known
+                    parts.append(known)
                 elif section:
-                    self._words(section, ids)
+                    self._words(section, parts)
         except Uncovered:
             return None
-        ids_T = np.array(ids, dtype=np.int64)
-        if not ids:
+        ids_T = np.frombuffer(b"".join(parts), dtype=np.int64)
+        if not len(ids_T):
             return None if text else (ids_T, ids_T, ids_T, False)
         size_T = self.lengths[ids_T]
         end_T = np.cumsum(size_T)
@@ -124,14 +124,14 @@ class QuickWords:
             ]
         return found
 
-    def _words(self, section: str, ids: list[int]) -> None:
-        """The ids of a text without added tokens, at the end of `ids`."""
+    def _words(self, section: str, parts: list[bytes]) -> None:
+        """The ids of a text without added tokens, at the end of `parts`."""
         if section.isascii():
             words = self.split.findall(section)
             if "".join(words) != section:
                 raise Uncovered(section)
-            found = itertools.chain.from_iterable(map(self.table.__getitem__, words))
-            ids.extend(self._kept(section, list(found)) if len(section) <= _LONGEST_PIECE else found)
+            found = b"".join(map(self.table.__getitem__, words))
+            parts.append(self._kept(section, found) if len(section) <= _LONGEST_PIECE else found)
             return
         if self.composes and not _composed(section):
             raise Uncovered(section)
@@ -141,19 +141,19 @@ class QuickWords:
                 plain += piece
                 continue
             if plain:
-                self._words(plain, ids)
+                self._words(plain, parts)
                 plain = ""
-            ids.extend(self._piece(piece))
+            parts.append(self._piece(piece))
         if plain:
-            self._words(plain, ids)
+            self._words(plain, parts)
 
-    def _piece(self, piece: str) -> list[int]:
+    def _piece(self, piece: str) -> bytes:
         found = self.pieces.get(piece)
         if found is None:
-            found = self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            found = _packed(self.backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
         return self._kept(piece, found) if len(piece) <= _LONGEST_PIECE else found
 
-    def _kept(self, piece: str, ids: list[int]) -> list[int]:
+    def _kept(self, piece: str, ids: bytes) -> bytes:
         if len(self.pieces) >= _MOST_PIECES:
             self.pieces.clear()
         self.pieces[piece] = ids
@@ -184,10 +184,11 @@ def quick_words(tokenizer: Any) -> QuickWords | None:
     known = {str(token.content): int(index) for index, token in added.items()}
     if any(not name for name in known):
         return None
-    lengths = _lengths(backend, known)
+    ids = {text: _packed([index]) for text, index in known.items()}
+    never = (re.compile(r"((?!))"),)
     made = QuickWords(
-        backend, split, markers or (re.compile(r"((?!))"),), known, backend.normalizer is not None, lengths
-    )
+        backend, split, markers or never, ids, backend.normalizer is not None, _lengths(backend, known)
+    )  # fmt: skip
     return made if _agrees(made) else None
 
 
@@ -289,6 +290,10 @@ def _cuts_alike(described: str, split: re.Pattern[str], letters: tuple[str, ...]
 def _composed(text: str) -> bool:
     """NFC already, by any version of Unicode: letters beyond the basic plane count only among emoji."""
     return unicodedata.is_normalized("NFC", text) and all(c < "\U00010000" or c >= "\U0001f000" for c in set(text))
+
+
+def _packed(ids: Iterable[int]) -> bytes:
+    return array("q", ids).tobytes()
 
 
 def _shown() -> dict[int, str]:
