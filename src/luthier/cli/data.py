@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from luthier.cli import card, spot_check
-from luthier.cli.scale import build_elsewhere, cluster_options
+from luthier.cli import data_card, data_spot_check
+from luthier.cli.data_scale import build_elsewhere, cluster_options
 
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
@@ -134,5 +134,10 @@ def _marked(pieces: list[str], trained: list[int], colour: str) -> str:
     return "".join(parts) + ("⟧" if inside and not coloured else "")
 
 
-for verb in (card.report, card.card, spot_check.sample, spot_check.verdicts):  # what people see of a built set
+for verb in (
+    data_card.report,
+    data_card.card,
+    data_spot_check.sample,
+    data_spot_check.verdicts,
+):  # what people see of a built set
     command.add_command(verb)
