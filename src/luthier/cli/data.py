@@ -18,7 +18,10 @@ from luthier.cli.data_scale import build_elsewhere, cluster_options
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
-    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
+    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build).
+
+    Of a built set: its quality (report), its README (card), and what people say of a sample (sample, verdicts).
+    """
 
 
 def _read(recipe: str, overrides: tuple[str, ...]) -> Any:
