@@ -13,13 +13,16 @@ from typing import Any
 
 import click
 
-from luthier.cli import card, spot_check
-from luthier.cli.scale import build_elsewhere, cluster_options
+from luthier.cli import data_card, data_spot_check
+from luthier.cli.data_scale import build_elsewhere, cluster_options
 
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
-    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
+    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build).
+
+    Of a built set: its quality (report), its README (card), and what people say of a sample (sample, verdicts).
+    """
 
 
 _progress = click.option(
@@ -160,5 +163,10 @@ def _marked(pieces: list[str], weights: list[float], colour: str) -> str:
     return "".join(parts)
 
 
-for verb in (card.report, card.card, spot_check.sample, spot_check.verdicts):  # what people see of a built set
+for verb in (
+    data_card.report,
+    data_card.card,
+    data_spot_check.sample,
+    data_spot_check.verdicts,
+):  # what people see of a built set
     command.add_command(verb)

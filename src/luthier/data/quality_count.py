@@ -118,6 +118,8 @@ class Quality:
 
     def _compare(self, item: Item, found: Facts, copies: int) -> None:
         asked, said = " ".join(found.prompt.split()), " ".join(found.answer.split())
+        if not asked and not said:  # nothing to compare; that an answer is missing is told as a fault
+            return
         answered = key("answer", said)
         if asked:
             self.prompts.add(key("prompt", asked, _declared(item)), (copies, frozenset((answered,))))

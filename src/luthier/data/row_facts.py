@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from luthier.contracts.errors import DataError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
 from luthier.contracts.step import Item
 from luthier.data.task_guess import guess
@@ -88,7 +89,7 @@ class Facts:
 def facts(item: Item, detect: Detector | None = None) -> Facts:
     """Read one row."""
     record = item.record
-    asked, said = prompt(record), answer(record)
+    asked, said, everything = _texts(record)
     task = guess(_question(record, asked)) if asked else None
     name = task.name if task else "text"
     shape = tuple(_shape(record, said))
@@ -96,7 +97,7 @@ def facts(item: Item, detect: Detector | None = None) -> Facts:
         "correctness": tuple(_incorrect(asked, said)),
         "completeness": tuple(_incomplete(record, asked, said)),
         "consistency": tuple(_inconsistent(record, asked, said, name)),
-        "safety": tuple(dict.fromkeys(_unsafe(item, detect))),
+        "safety": tuple(dict.fromkeys(_unsafe(item, everything, detect))),
     }
     language = item.notes.get("language")
     return Facts(
@@ -104,6 +105,14 @@ def facts(item: Item, detect: Detector | None = None) -> Facts:
         language if isinstance(language, str) else script(said or asked), name, task.pair if task else "",
         shape, faults, bool(_REFUSAL.search(said[:_OPENING].lower())),
     )  # fmt: skip
+
+
+def _texts(record: Record) -> tuple[str, str, str]:
+    """Prompt, answer and all that is said; nothing of a row that has no words, such as one of token ids."""
+    try:
+        return prompt(record), answer(record), whole(record)
+    except DataError:
+        return "", "", ""
 
 
 def words(text: str) -> int:
@@ -232,8 +241,7 @@ def _inconsistent(record: Record, asked: str, said: str, task: str) -> Iterator[
         yield "another script than its prompt"
 
 
-def _unsafe(item: Item, detect: Detector | None) -> Iterator[str]:
-    text = whole(item.record)
+def _unsafe(item: Item, text: str, detect: Detector | None) -> Iterator[str]:
     yield from (detect or left_behind)(text)
     if item.notes.get("overlap"):
         yield "overlaps an evaluation set"

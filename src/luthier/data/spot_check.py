@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.contracts.errors import UsageError
+from luthier.contracts.errors import DataError, UsageError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Text
 from luthier.contracts.step import Item
 from luthier.data.built_set import Row
@@ -131,7 +131,10 @@ def shown(record: Record) -> tuple[str, str]:
         return _conversation(record)
     if isinstance(record, Completion | Text):
         return ("", record.text) if isinstance(record, Text) else (record.prompt, record.completion)
-    return prompt(record), answer(record)
+    try:
+        return prompt(record), answer(record)
+    except DataError:  # a row without words, such as one of token ids
+        return "", repr(record)
 
 
 def _conversation(chat: Chat) -> tuple[str, str]:
