@@ -59,15 +59,8 @@ def test_rows_of_a_recipe_are_kept_and_taken(
 ) -> None:
     model, rows = shared_data("models/stories260K-chatml"), shared_data("raw/llamafactory/identity.json")
     recipe = tmp_path / "r.yaml"
-<<<<<<< HEAD
-    recipe.write_text(
-        f"model: {model}\ndata: {{train: {rows}, cache: 1.0, max_tokens: 512}}\n"
-        f"method: lora\noutput_dir: {tmp_path}/run\n"
-    )
-=======
     data = f"{{train: {rows}, cache: 1.0, max_tokens: 512}}"
     recipe.write_text(f"model: {model}\ndata: {data}\nmethod: lora\noutput_dir: {tmp_path}/run\n")
->>>>>>> part4
     said = []
     for _ in range(2):
         assert main(["data", "check", str(recipe), "--json"]) == 0
