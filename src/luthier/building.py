@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from luthier.contracts.errors import RecipeError
+from luthier.contracts.errors import ModelError, RecipeError
 from luthier.contracts.step import Step
 from luthier.data.build import BuildSpec, Built, build
 from luthier.data.crew import Progress
 from luthier.data.paths import expand
 from luthier.data.sources import resolved
+from luthier.evaluation.reward import RewardScorer
 from luthier.models.load import load_text
+from luthier.opened import open_target
 from luthier.recipe import fingerprint, resolve
 from luthier.recipe.recipe import DataSource, ModelSection, Recipe
 
@@ -51,13 +53,23 @@ def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
     return BuildSpec(
         recipe.data.train, steps, recipe.train.seed, recipe.data.bad_rows, evaluation,
         partial(tokenizer_of, recipe.model) if counts else None,
-        fingerprint.digest(tokenizer_of(recipe.model).backend_tokenizer.to_str()) if counts else "", offline,
+        fingerprint.digest(tokenizer_of(recipe.model).backend_tokenizer.to_str()) if counts else "", scorer_of, offline,
     )  # fmt: skip
 
 
 def tokenizer_of(model: ModelSection) -> Any:
     """The recipe's tokenizer; a function of its own, so that another process can open it."""
     return load_text(model).tokenizer
+
+
+def scorer_of(target: str) -> RewardScorer:
+    """The reward model at a path, ready for records; a function of its own, like `tokenizer_of`."""
+    opened = open_target(target)
+    if opened.loaded.reads != "scores":
+        where = "data.steps.reward_score.model"
+        raise ModelError("not a reward model: it has no score head", where=where, value=target,
+                         remedy="train one with objective: reward, or name one with num_labels 1")  # fmt: skip
+    return RewardScorer(opened.model, opened.encoder)
 
 
 def as_source(built: Built) -> tuple[DataSource, ...]:
@@ -70,6 +82,6 @@ def _step(section: dict[str, Any], at: int) -> Step:
         step: Step = resolve.build("steps", section)
     except RecipeError as error:
         if error.where and error.where.startswith("data.steps."):
-            error.where = f"data.steps[{at}].{error.where.rpartition('.')[2]}"
+            error.where = f"data.steps[{at}].{error.where.split('.', 3)[-1]}"
         raise
     return step

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from luthier.contracts.record import Text
 from luthier.contracts.step import Decision, Item, Outcome, Room, Rows, RowStep, RowWork, SetStep, each, keep, leave
 from luthier.data.build import BuildSpec, build
-from luthier.data.exact_words import digest_of
+from luthier.data.exact_words import as_it_is, digest_of
 from luthier.data.steps.exact_dedup import ExactDedup
 from luthier.data.texts import rewritten, whole
 from luthier.recipe.recipe import DataSource
@@ -23,7 +23,7 @@ from luthier.recipe.recipe import DataSource
 
 def number(item: Item, salt: int) -> int:
     """A number of the row, the same everywhere."""
-    return int.from_bytes(digest_of(f"{salt}|{whole(item.record)}")[:6], "little")
+    return int.from_bytes(digest_of(as_it_is(f"{salt}|{whole(item.record)}"))[:6], "little")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from luthier.contracts.record import Source, Text
 from luthier.contracts.step import Item, Room
 from luthier.data.applied import apply
-from luthier.data.exact_words import normalised
+from luthier.data.exact_words import normalised, normalised_bytes
 from luthier.data.steps.exact_dedup import REASON, ExactDedup, first_of_each
 
 
@@ -38,3 +38,12 @@ def test_the_best_of_equal_rows_stays() -> None:
 def test_equal_scores_keep_the_first() -> None:
     digests_B = np.frombuffer(b"x" * 16 + b"y" * 16 + b"x" * 16, dtype="V16")
     assert first_of_each(digests_B, np.zeros(3)).tolist() == [True, True, False]
+
+
+ASCII = [chr(code) for code in range(128)]
+AWKWARD = "\x1c\x1f\x85\xa0 ßK\ud800\u0301\u0308eE¨\u2028ﷺ"
+
+
+@given(st.one_of(st.text(alphabet=ASCII), st.text(), st.text(alphabet=AWKWARD)))
+def test_the_table_says_what_unicode_says(text: str) -> None:
+    assert normalised_bytes(text) == normalised(text).encode("utf-8", "surrogatepass")

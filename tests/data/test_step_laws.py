@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data.fake_endpoint import FakeEndpoint, number, scored
 from luthier.contracts.errors import LuthierError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Source, Text
 from luthier.contracts.step import Item, Room, SetStep, Step
@@ -28,11 +29,19 @@ from luthier.data import applied, built, passes
 from luthier.data.applied import apply
 from luthier.data.build import BuildSpec, build
 from luthier.data.tally import Tally
+from luthier.data.texts import whole
 from luthier.recipe import resolve
 from luthier.recipe.recipe import DataSource
 
 MARK = "zebra"  # a word of every row: it must never stand in a reason
-FIELDS: dict[str, dict[str, Any]] = {}  # step -> fields that the laws give it; "@name" is a file of the test
+FIELDS: dict[str, dict[str, Any]] = {  # step -> fields that the laws give it; "@name" is a file of the test
+    "decontaminate": {"against": ["@held_out"]},
+    "semantic_dedup": {"model": "@models/potion-base-4m-int8"},
+    "diversify": {"model": "@models/potion-base-4m-int8", "keep": 0.5},
+    "judge": {"endpoint": "@endpoint", "least": 2},
+    "expand": {"endpoint": "@endpoint", "rows": 7},
+    "reward_score": {"model": "@reward", "top": 0.5},
+}
 
 
 def rows_of(kinds: bool = True) -> list[Item]:
@@ -81,7 +90,31 @@ def _given(value: Any, folder: Path, request: pytest.FixtureRequest) -> Any:
         path = folder / "held_out.jsonl"
         path.write_text(json.dumps({"prompt": "Nothing like it.", "completion": " Here at all."}) + "\n", "utf-8")
         return str(path)
+    if value == "@endpoint":
+        return request.getfixturevalue("endpoint")
+    if value == "@reward":
+        (folder / "reward").mkdir(exist_ok=True)
+        return str(folder / "reward")
     return str(request.getfixturevalue("shared_data")(value[1:]))
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[dict[str, Any]]:
+    """An endpoint that marks rows and writes new ones."""
+
+    def say(request: Mapping[str, Any]) -> Any:
+        if not request["messages"][0]["content"].startswith("You write"):
+            return scored(request)
+        words = f"tell of thing{number(request)} and of nothing else"
+        return {"tasks": [{"request": f"{words} {place * words}", "answer": "It is new."} for place in range(2)]}
+
+    with FakeEndpoint(say) as server:
+        yield server.section()
+
+
+def scorer(model: str) -> Any:
+    """The reward of a row is its length."""
+    return lambda records: [float(len(whole(record))) for record in records]
 
 
 @pytest.fixture(params=resolve.names("steps"))
@@ -90,7 +123,7 @@ def step(request: pytest.FixtureRequest, made: Callable[[str], Step]) -> Step:
 
 
 def room(tmp_path: Path) -> Room:
-    return Room(tmp_path / "cache", seed=3, tokenizer=_Words)
+    return Room(tmp_path / "cache", seed=3, tokenizer=_Words, scorer=scorer)
 
 
 class _Words:
@@ -146,9 +179,9 @@ def test_on_disk_as_in_memory(step: Step, tmp_path: Path, monkeypatch: pytest.Mo
     same = [
         Item(record, str(source.name)) for source in sources for record in applied.read(source.path)
     ]  # fmt: skip
-    kept, tallies = apply([step], same, Room(tmp_path / "cache", seed=3))
+    kept, tallies = apply([step], same, Room(tmp_path / "cache", seed=3, scorer=scorer))
     monkeypatch.setattr(passes, "PART_ROWS", 5)
-    spec = BuildSpec(tuple(sources), (step,), seed=3)
+    spec = BuildSpec(tuple(sources), (step,), seed=3, scorer=scorer)
     if not kept:
         with pytest.raises(LuthierError, match="0 rows left"):
             build(spec, tmp_path / "out")

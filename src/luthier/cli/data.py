@@ -13,10 +13,16 @@ from typing import Any
 
 import click
 
+from luthier.cli import data_card, data_spot_check
+from luthier.cli.data_scale import build_elsewhere, cluster_options
+
 
 @click.group("data", short_help="Rows as the model sees them: show, check; raw files to a clean set: build.")
 def command() -> None:
-    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build)."""
+    """Rows as the model sees them (show), what became of every row (check), a clean set out of raw files (build).
+
+    Of a built set: its quality (report), its README (card), and what people say of a sample (sample, verdicts).
+    """
 
 
 _progress = click.option(
@@ -90,9 +96,11 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool, progress: str)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: as the files are large.")
 @click.option("--progress", default="auto", type=click.Choice(["auto", "rich", "plain", "off"]), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Manifest and ledger as one JSON object.")
+@cluster_options
 def build(
-    recipe: str, overrides: tuple[str, ...], out: str | None, workers: int | None, progress: str, as_json: bool
-) -> None:
+    recipe: str, overrides: tuple[str, ...], out: str | None, workers: int | None, progress: str, as_json: bool,
+    **where: Any,
+) -> None:  # fmt: skip
     """Take raw files through the steps of a recipe to one clean file of rows, with an account of every row.
 
     An interrupted build goes on where it was; a finished one is taken as it is while nothing that decides it changed.
@@ -103,7 +111,11 @@ def build(
     from luthier.data.ledger import summary_of_build
 
     with passes_reader("off" if as_json and progress == "auto" else progress) as show:
-        built = run.data_build(read, out, workers, show)
+        here = where["on"] == "local" and not where["dry_run"]
+        words = [recipe, *overrides]
+        built = run.data_build(read, out, workers, show) if here else build_elsewhere(read, out, where, words, show)
+    if built is None:
+        return
     if as_json:
         click.echo(json.dumps({"out": str(built.directory), "reused": built.reused, "manifest": built.manifest,
                                "ledger": built.ledger}, ensure_ascii=False))  # fmt: skip
@@ -149,3 +161,12 @@ def _marked(pieces: list[str], weights: list[float], colour: str) -> str:
         else:
             parts.append(f"⟦{said}{text}⟧")
     return "".join(parts)
+
+
+for verb in (
+    data_card.report,
+    data_card.card,
+    data_spot_check.sample,
+    data_spot_check.verdicts,
+):  # what people see of a built set
+    command.add_command(verb)

@@ -96,7 +96,9 @@ class Room:
 
     `cache`: a directory of the step's own that outlives crashes and reruns (answers of an endpoint, an index). Files
     in it are written whole or not at all (disk/durable.py). `evaluation`: the files of `data.eval`. `tokenizer` opens
-    the recipe's tokenizer, for steps that count tokens; it can be sent to another process.
+    the recipe's tokenizer, for steps that count tokens; it can be sent to another process. `scorer` opens a reward
+    model of a path: records -> one number each, None where a row does not fit it. `progress` hears of a long decision:
+    what is made, how many of them, of how many.
     """
 
     cache: Path
@@ -104,6 +106,8 @@ class Room:
     evaluation: tuple[str, ...] = ()
     tokenizer: Callable[[], Any] | None = None
     offline: bool = False  # no endpoint may be asked: what is not cached is an error
+    scorer: Callable[[str], Callable[[Sequence[Record]], Sequence[float | None]]] | None = None
+    progress: Callable[[str, int, int], None] | None = None
 
 
 class Step:

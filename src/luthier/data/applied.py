@@ -9,21 +9,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Record, Source
+from luthier.contracts.record import Record, Source, Tokens
 from luthier.contracts.step import Decision, Item, Room, RowStep, RowWork, SetStep, Step
 from luthier.data.detect import records
 from luthier.data.paths import expand
 from luthier.data.source import read_rows
 from luthier.data.tally import Tally
 
+Result = TypeVar("Result")
 BATCH = 512  # rows that a step is given at once
 
 
@@ -51,20 +52,36 @@ def apply(steps: Sequence[Step], items: Sequence[Item], room: Room) -> tuple[lis
         own = replace(room, cache=room.cache / cache_name(name))
         tally = Tally(name)
         if isinstance(step, SetStep):
-            sketcher = step.sketch(own)
+            sketcher = with_words(step, step.sketch(own))
             sketches = [sketcher(batch) for batch in batches(rows)] or [sketcher([])]
             decision = step.decide(np.concatenate(sketches), rows, own)
             made = [item for at, row in enumerate(rows) for item in decided(decision, at, row, tally)]
             rows = made + list(added(decision, tally))
         else:
             assert isinstance(step, RowStep)
-            work = step.work(own)
+            work = with_words(step, step.work(own))
             rows = [item for batch in batches(rows) for item in rows_through(work, batch, tally)]
         if isinstance(step, SetStep):
             tally.figures.update(decision.figures)
         tally.assert_balanced()
         tallies.append(tally)
     return rows, tallies
+
+
+def with_words(step: Step, work: Callable[[Sequence[Item]], Result]) -> Callable[[Sequence[Item]], Result]:
+    """The work of a step, which refuses rows that are tokenised already: it would see them as empty texts."""
+
+    def checked(items: Sequence[Item]) -> Result:
+        for item in items:
+            if isinstance(item.record, Tokens):
+                raise DataError(
+                    f"the step {name_of(step)} reads words, and the row is tokenised already",
+                    where=str(item.record.source), value="input_ids",
+                    remedy="take data.steps out, or give the rows as text",
+                )  # fmt: skip
+        return work(items)
+
+    return checked
 
 
 def rows_through(work: RowWork, items: Sequence[Item], tally: Tally) -> list[Item]:

@@ -3,6 +3,7 @@
     OUT/train.jsonl     the rows, in the field's own forms (built.py)     OUT/ledger.json   what became of every row
     OUT/manifest.json   what it was made of and by, and the digest of     OUT/rejects.jsonl wrong rows, where they were
                         the rows; written last                                              quarantined
+    OUT/README.md       the card of the set (card.py)                     OUT/stats.json    its figures, quality too
     OUT/.work/          stages under way (gone at the end), caches of steps (kept: answers of an endpoint cost money)
 
 The build is a list of passes (passes.py); whoever runs them (processes here, tasks of a cluster) gets the same bytes.
@@ -18,18 +19,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from luthier import data as room_of_data
 from luthier.contracts.errors import UsageError
 from luthier.contracts.step import Room, RowStep, SetStep, Step
 from luthier.data.applied import name_of
 from luthier.data.crew import Crew, Progress, cores
-from luthier.data.finish import FinishPass
+from luthier.data.finish import CountPass, FinishPass
 from luthier.data.passes import ApplyPass, DecidePass, Pass, Read, RowPass, SketchPass
 from luthier.data.paths import expand, is_hub_id
 from luthier.data.sources import resolved
@@ -52,6 +54,7 @@ class BuildSpec:
     evaluation: tuple[str, ...] = ()  # the files of data.eval
     tokenizer: Callable[[], Any] | None = field(default=None, compare=False)
     tokenizer_digest: str = ""  # of what it opens
+    scorer: Callable[[str], Any] | None = field(default=None, compare=False)  # opens a reward model
     offline: bool = False
 
 
@@ -69,7 +72,16 @@ class Built:
         return self.directory / "train.jsonl"
 
 
-def build(spec: BuildSpec, out: Path, workers: int | None = None, progress: Progress | None = None) -> Built:
+class Runner(AbstractContextManager["Runner"], Protocol):
+    """Who works through the passes: processes of ours (crew.py), tasks of a cluster (scale.py)."""
+
+    def run(self, work: Pass, progress: Progress) -> None: ...
+
+
+def build(
+    spec: BuildSpec, out: Path, workers: int | None = None, progress: Progress | None = None,
+    runner: Runner | None = None,
+) -> Built:  # fmt: skip
     """The built set in `out`: made, gone on with, or taken as it is where it is this very one."""
     with hold(out):
         passes = plan(spec, out)
@@ -78,39 +90,43 @@ def build(spec: BuildSpec, out: Path, workers: int | None = None, progress: Prog
         if reused := finish.complete():
             return Built(out, finish.manifest(), finish.ledger(), reused)
         sweep(out, passes)
-        with Crew(workers or _workers(spec)) as crew:
+        with runner or Crew(workers or _workers(spec)) as crew:
             for work in passes:
-                crew.run(work, progress or _quiet)
+                here = isinstance(crew, Crew)  # the decision of a set step is made in this process
+                crew.run(_heard(work, progress or _quiet) if here else work, progress or _quiet)
         shutil.rmtree(out / ".work" / "stages", ignore_errors=True)
         return Built(out, finish.manifest(), finish.ledger())
 
 
-def plan(spec: BuildSpec, out: Path) -> list[Pass]:
+def plan(spec: BuildSpec, out: Path, digest: Callable[[str], str] | None = None) -> list[Pass]:
     """The passes of a build in their order; the last is the FinishPass. Nothing is written."""
+    digest = digest or file_digest
     _refuse_foreign(out)
     files = tuple(
         (path, source, source.name or origin_of(source.path))
         for source in resolved(spec.sources)[0]
         for path in expand(source.path, source.split)
     )
-    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline)
-    inputs = [{"file": path, "sha256": file_digest(path)} for path, _, _ in files]
+    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline, spec.scorer)
+    inputs = [{"file": path, "sha256": digest(path)} for path, _, _ in files]
     said = [
         {**one, "source": source.model_dump(), "origin": o} for one, (_, source, o) in zip(inputs, files, strict=True)
     ]
     key = _key("", "read", said, spec.bad_rows, spec.seed, code())
     passes: list[Pass] = [Read(_stage(out, 0, "read", key), room, files, spec.bad_rows)]
     for number, group in enumerate(_groups(spec.steps), start=1):
-        key = _key(key, *(_said(step, spec) for step in group))
+        key = _key(key, *(_said(step, spec, digest) for step in group))
         name = name_of(group[0]) + (f"-and-{len(group) - 1}" if len(group) > 1 else "")
         passes += _passes(_stage(out, number, name, key), room, passes[-1], group)
-    weights = {origin: source.weight for _, source, origin in files}
+    weights = tuple(sorted({origin: source.weight for _, source, origin in files}.items()))
+    rows, counts = passes[-1], _stage(out, len(passes), "quality", _key(key, "quality", weights))
+    counted = CountPass(counts, room, rows, weights)
     about = {
         "key": _key(key, "finish"), "luthier": version("luthier"), "code": code(), "seed": spec.seed,
         "bad_rows": spec.bad_rows, "inputs": inputs, "sources": [source.model_dump() for source in spec.sources],
-        "steps": [_said(step, spec) for step in spec.steps],
+        "steps": [_said(step, spec, digest) for step in spec.steps],
     }  # fmt: skip
-    return [*passes, FinishPass(Stage(out), room, passes[-1], tuple(passes), tuple(sorted(weights.items())), about)]
+    return [*passes, counted, FinishPass(Stage(out), room, rows, tuple(passes), weights, counted, about)]
 
 
 def sweep(out: Path, passes: Sequence[Pass]) -> None:
@@ -154,6 +170,13 @@ def file_digest(path: str) -> str:
         return hashlib.file_digest(file_, "sha256").hexdigest()
 
 
+def _heard(work: Pass, progress: Progress) -> Pass:
+    """A decision can take long, and says by itself how far it is. It never leaves this process."""
+    if not isinstance(work, DecidePass):
+        return work
+    return replace(work, room=replace(work.room, progress=lambda what, done, of: progress(what, done, of, "rows")))
+
+
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     """Row steps after one another that may run in one pass; every set step by itself."""
     made: list[list[Step]] = []
@@ -181,12 +204,36 @@ def _stage(out: Path, number: int, name: str, key: str) -> Stage:
     return Stage(out / ".work" / "stages" / f"{number:02d}-{name}-{key[:16]}")
 
 
-def _said(step: Step, spec: BuildSpec) -> dict[str, Any]:
+def _said(step: Step, spec: BuildSpec, digest: Callable[[str], str]) -> dict[str, Any]:
     """A step's name, fields, and the digests of the files it names."""
-    files = {path: file_digest(found) for path in step.files() for found in expand_any(path)}
-    more = {"evaluation": {path: file_digest(path) for path in spec.evaluation}} if spec.evaluation else {}
+    files = {path: digest(found) for path in step.files() for found in expand_any(path)}
+    more = {"evaluation": {path: digest(path) for path in spec.evaluation}} if spec.evaluation else {}
     return {"name": name_of(step), **asdict(step), **({"files": files} if files else {}), **more,  # type: ignore[call-overload]
             **({"tokenizer": spec.tokenizer_digest} if spec.tokenizer_digest else {})}  # fmt: skip
+
+
+@dataclass
+class Digests:
+    """`file_digest` that remembers: tasks of a cluster do not each read all files, but see that none has changed."""
+
+    known: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # path -> bytes, time of change, sha256
+
+    def __call__(self, path: str) -> str:
+        place = Path(path)
+        if not place.is_file():
+            return file_digest(path)
+        size, changed = place.stat().st_size, place.stat().st_mtime_ns
+        seen = self.known.get(path)
+        if seen is None or seen[:2] != (size, changed):
+            seen = self.known[path] = (size, changed, file_digest(path))
+        return seen[2]
+
+    def to_json(self) -> dict[str, Any]:
+        return {path: list(seen) for path, seen in self.known.items()}
+
+    @classmethod
+    def from_json(cls, made: Mapping[str, Any]) -> Digests:
+        return cls({path: (size, changed, sha256) for path, (size, changed, sha256) in made.items()})
 
 
 def expand_any(path: str) -> list[str]:

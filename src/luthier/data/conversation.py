@@ -248,8 +248,8 @@ def _message(message: Mapping[str, Any], source: Source, place: str) -> dict[str
     for name in _EXTRA:
         if isinstance(message.get(name), str):
             made[name] = message[name]
-    thought = next((message[name] for name in _REASONING if message.get(name)), None)
-    if thought is not None:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
         made["reasoning_content"] = text_of(thought, source, f"{place}.reasoning_content")
     return made
 

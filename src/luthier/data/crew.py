@@ -14,12 +14,25 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import cast
+from typing import Protocol, cast
 
 from luthier.contracts.errors import LuthierError, ResourceError, raise_all
 from luthier.data.passes import Pass
+from luthier.data.stage import Stage
 
 Progress = Callable[[str, int, int, str], None]  # pass, done, total, measure
+
+
+class Work(Protocol):
+    """What a process is given to do: a share of a pass."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def stage(self) -> Stage: ...
+
+    def run(self, rank: int, world: int, report: Callable[[int], None]) -> None: ...
 
 
 class Crew:
@@ -56,14 +69,17 @@ class Crew:
 
         progress(work.title, 0, total, work.measure)
         world = 1 if work.serial else min(self.workers, len(units))
+        self._do(work, world, report)
+        if not work.complete():
+            raise AssertionError(f"{work.title}: a unit is not done, and nothing was raised")
+
+    def _do(self, work: Work, world: int, report: Callable[[int], None]) -> None:
         if world <= 1:
             work.run(0, 1, report)
         else:
             self._share(work, world, report)
-        if not work.complete():
-            raise AssertionError(f"{work.title}: a unit is not done, and nothing was raised")
 
-    def _share(self, work: Pass, world: int, report: Callable[[int], None]) -> None:
+    def _share(self, work: Work, world: int, report: Callable[[int], None]) -> None:
         while len(self._members) < world:
             self._members.append(_member())
         pipes = {pipe: (rank, process) for rank, (process, pipe) in enumerate(self._members[:world])}
@@ -75,7 +91,7 @@ class Crew:
                 rank, process = pipes[pipe]
                 try:
                     kind, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     process.join(timeout=10)
                     raise _dead(work, process) from None
                 if kind == "rows":
@@ -119,7 +135,7 @@ def _serve(pipe: Connection) -> None:
             pipe.send(("done", None))
 
 
-def _dead(work: Pass, process: BaseProcess) -> ResourceError:
+def _dead(work: Work, process: BaseProcess) -> ResourceError:
     code = process.exitcode or 0
     how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
     return ResourceError(

@@ -10,8 +10,7 @@ Overlong rows follow `data.overlong` (overlong.py): a shortened row is a slice o
 slice, so no token's weight ever depends on a cut; `truncate_turns` leaves out whole exchanges. A row with no trained
 token left is dropped by name. What was done to a row that is kept stands in `changes`, for the ledger.
 
-Raw rows (Completion, Text) are taken as written: control strings in them count, since people put whole rendered
-prompts there; `data.injection: error` refuses them. Arrays are numpy: int64 tokens, float32 weights.
+Texts without a template (Completion, Text) are raw_text.py's. Arrays are numpy: int64 tokens, float32 weights.
 """
 
 from __future__ import annotations
@@ -47,11 +46,10 @@ from luthier.data.mask import Masked, Masker
 from luthier.data.overlong import split
 from luthier.data.overrides import overridden
 from luthier.data.policy import MaskPolicy, message_weights
+from luthier.data.raw_text import RawText, Row
 from luthier.data.template import Template
 from luthier.data.tokens import check_atomic
-from luthier.data.vocabulary import Encoded, StraddleError, Vocabulary
-
-Row = tuple[np.ndarray, np.ndarray, tuple[int, ...]]  # tokens_T, weights_T, places where it may be cut
+from luthier.data.vocabulary import Vocabulary
 
 
 class Encoder:
@@ -76,6 +74,7 @@ class Encoder:
             check_atomic(template, tokenizer)
             self._masker = Masker(template, tokenizer, self.policy, stop_ids)
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
+        self.raw = RawText(tokenizer, self.vocabulary, refuse_controls=self.policy.injection == "error")
         self.escaped = 0  # control strings of content that were neutralised
         self.changes: dict[str, Change] = {}  # what was done to the row that `samples` was last asked for
         self.reasoned = self.unshown_reasoning = 0  # trained answers with reasoning; those whose text leaves it out
@@ -182,8 +181,7 @@ class Encoder:
 
     def raw_prompt_ids(self, prompt: str) -> list[int]:
         """What inference feeds before a completion of `prompt` (no template)."""
-        ids: list[int] = self.vocabulary.encode(prompt).ids_T.tolist()
-        return self._begin(ids) + ids
+        return self.raw.prompt_ids(prompt)
 
     def _pair(self, record: Pair) -> Sample:
         self._refuse_split()
@@ -227,12 +225,12 @@ class Encoder:
         if isinstance(record, Chat):
             return [self._chat(one, whole=whole) for one in self.per_answer(record)]
         if isinstance(record, Completion):
-            return [self._completion(record)]
+            return [self.raw.completion(record)]
         if isinstance(record, Segments):
-            return [(*segments_row(record, self._raw, self.tokenizer.decode), ())]
+            return [(*segments_row(record, self.raw.encoded, self.tokenizer.decode), ())]
         if isinstance(record, Tokens):
             return [(*tokens_row(record, self.vocabulary.size), ())]
-        return [self._text(record)]
+        return [self.raw.text(record)]
 
     def per_answer(self, chat: Chat) -> list[Chat]:
         """`thinking: split`: one conversation per trained answer, ending with it; else the conversation itself."""
@@ -266,66 +264,6 @@ class Encoder:
                 reach = turn.end + len(after) - len(after.lstrip())
                 cuts.append(int(np.searchsorted(encoded.end_T, reach, side="right")))
         return encoded.ids_T, masked.weights_T, tuple(sorted({*cuts}))
-
-    def _completion(self, record: Completion) -> Row:
-        encoded = self._raw(record.prompt + record.completion, record.source)
-        try:
-            inside = encoded.inside(len(record.prompt), len(encoded.text))
-        except StraddleError:
-            encoded, inside = self._joined(record)
-        ids = encoded.ids_T.tolist()
-        begin, end = self._begin(ids), self._end(ids)
-        weights = [0.0] * len(begin) + inside.astype(np.float32).tolist() + [1.0] * len(end)
-        return _row(begin + ids + end, weights)
-
-    def _joined(self, record: Completion) -> tuple[Encoded, np.ndarray]:
-        """Prompt and completion tokenised apart, as inference does, where one token would hold letters of both."""
-        first, second = self._raw(record.prompt, record.source), self._raw(record.completion, record.source)
-        ids = np.concatenate([first.ids_T, second.ids_T])
-        text = record.prompt + record.completion
-        if self.tokenizer.decode(ids.tolist()) != self.tokenizer.decode(self.vocabulary.encode(text).ids_T.tolist()):
-            raise DataError(
-                "the border of prompt and completion falls inside a token", where=str(record.source),
-                value=f"{record.prompt[-12:]}|{record.completion[:12]}",
-                remedy="end the prompt, or begin the completion, with white space",
-            )  # fmt: skip
-        joined = Encoded(
-            text, ids, np.concatenate([first.start_T, second.start_T + len(record.prompt)]),
-            np.concatenate([first.end_T, second.end_T + len(record.prompt)]),
-        )  # fmt: skip
-        return joined, np.arange(len(ids)) >= len(first)
-
-    def _text(self, record: Text) -> Row:
-        ids = self._raw(record.text, record.source).ids_T.tolist()
-        whole = self._begin(ids) + ids + self._end(ids)
-        return _row(whole, [0.0] + [1.0] * (len(whole) - 1))
-
-    def _raw(self, text: str, source: Source) -> Encoded:
-        encoded = self.vocabulary.encode(text)
-        if self.policy.injection == "error":
-            found = self.vocabulary.controls(encoded)
-            if len(found):
-                raise DataError(
-                    "the row holds control strings", where=str(source),
-                    value=sorted({self.vocabulary.names[int(encoded.ids_T[i])] for i in found}),
-                    remedy="remove them, or set data.injection: allow",
-                )  # fmt: skip
-        return encoded
-
-    def _begin(self, ids: Sequence[int]) -> list[int]:
-        """bos where the tokenizer itself puts one before raw text, and the text does not begin with it."""
-        first = self.vocabulary.begin_id
-        known = {first, self.tokenizer.bos_token_id}
-        return [] if first is None or (len(ids) and ids[0] in known) else [first]
-
-    def _end(self, ids: Sequence[int]) -> list[int]:
-        eos = self.vocabulary.eos_id
-        if eos is None:
-            raise DataError(
-                "the tokenizer has no eos token, so nothing would end a generation", where="model",
-                remedy="set eos_token in its tokenizer_config.json",
-            )  # fmt: skip
-        return [] if list(ids[-1:]) == [eos] else [eos]
 
     def _slices(self, record: Record, weights_T: np.ndarray, cuts: Sequence[int]) -> list[tuple[int, int]]:
         """The stretches of a row that become samples."""
@@ -377,12 +315,6 @@ class Encoder:
 
 def _longest(sides: Sequence[pairs.Side]) -> int:
     return max(len(tokens_T) for tokens_T, _ in sides)
-
-
-def _row(ids: Sequence[int], weights: Sequence[float]) -> Row:
-    weights_T = np.asarray(weights, dtype=np.float32)
-    weights_T[:1] = 0.0
-    return np.asarray(ids, dtype=np.int64), weights_T, ()
 
 
 def _piece(tokens_T: np.ndarray, weights_T: np.ndarray) -> Piece:

@@ -1,4 +1,4 @@
-"""The last pass of a build: one file of rows, the account of all of them, the manifest that seals it.
+"""The last passes of a build: its quality counted; one file of rows, their account, their card, the sealing manifest.
 
 The manifest goes first and comes last: while it is absent, or while the rows are not of the size that it says, there
 is no built set. The ledger must add up from the first file to the last row, step by step, or nothing is written.
@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from luthier.contracts.errors import DataError
 from luthier.contracts.step import Item
 from luthier.data import built
-from luthier.data.exact_words import digest_of
+from luthier.data.card import CardWords, card_facts, write_card
+from luthier.data.exact_words import as_it_is, digest_of
 from luthier.data.ledger import Account, Ledger
 from luthier.data.passes import ApplyPass, PartPass, Pass, Read, Report, RowPass
+from luthier.data.quality_count import Quality
+from luthier.data.quality_report import report as quality_report
 from luthier.data.tally import Tally
 from luthier.data.texts import whole
 from luthier.disk.durable import replace_text, sync_directory
@@ -28,11 +32,43 @@ ROWS, MANIFEST, LEDGER, REJECTS = "train.jsonl", "manifest.json", "ledger.json",
 
 
 @dataclass(frozen=True)
+class CountPass(PartPass):
+    """What the quality report and the card say of the rows, part by part; the rows stay as they are."""
+
+    weights: tuple[tuple[str, float], ...]
+    title = "quality"
+
+    def unit(self, name: str, report: Report) -> None:
+        quality, weights, rows = Quality(seed=self.room.seed, tokens=self.tokens), dict(self.weights), 0
+        for item in self.before.items(name):
+            quality.see(item, copies_of(item, weights.get(item.origin, 1.0), self.room.seed))
+            rows += 1
+        report(rows)
+        self.stage.done(name, {"quality": quality.to_json()})
+
+    @cached_property
+    def tokens(self) -> Callable[[str], int] | None:
+        """How long a text is for the model, where the build has a tokenizer."""
+        if self.room.tokenizer is None:
+            return None
+        tokenizer = self.room.tokenizer()
+        return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+    def joined(self) -> Quality:
+        """The counts of all parts."""
+        quality = Quality(seed=self.room.seed)
+        for name in self.units():
+            quality.join(Quality.from_json((self.stage.about(name) or {})["quality"]))
+        return quality
+
+
+@dataclass(frozen=True)
 class FinishPass(PartPass):
     """One unit: everything that people and training read."""
 
     passes: tuple[Pass, ...]
     weights: tuple[tuple[str, float], ...]
+    counts: CountPass
     manifest_words: dict[str, Any]
     serial = True
     title = "finish"
@@ -82,8 +118,12 @@ class FinishPass(PartPass):
             replace_text(out / REJECTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejects))
         else:
             (out / REJECTS).unlink(missing_ok=True)
+        manifest = {**self.manifest_words, "output": output}
+        wrong = accounts.total("read") - accounts.total("kept")
+        quality = quality_report(self.counts.joined(), tallies, read=accounts.total("read"), rejected=wrong)
+        write_card(out, card_facts(manifest, ledger, quality), CardWords())
         fault("finish.before_manifest")
-        replace_text(out / MANIFEST, _pretty({**self.manifest_words, "output": output}))
+        replace_text(out / MANIFEST, _pretty(manifest))
 
     def account(self) -> tuple[Ledger, list[dict[str, str]], list[Tally]]:
         """Files read, rows rejected, and one tally for each step in the order of the recipe."""
@@ -142,7 +182,9 @@ def copies_of(item: Item, weight: float, seed: int) -> int:
     part = weight - int(weight)
     if not part:
         return int(weight)
-    chance = int.from_bytes(digest_of(f"{seed}|{item.record.source}|{whole(item.record)}")[:8], "little") / 2.0**64
+    chance = (
+        int.from_bytes(digest_of(as_it_is(f"{seed}|{item.record.source}|{whole(item.record)}"))[:8], "little") / 2.0**64
+    )
     return int(weight) + (chance < part)
 
 

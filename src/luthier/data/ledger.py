@@ -120,7 +120,7 @@ class Ledger:
     rejects: list[dict[str, Any]] = field(default_factory=list)
     build: Mapping[str, Any] | None = None  # the ledger of the build whose rows these are, where steps made them
     leaked: int = 0  # evaluation rows of a file of their own that also stand in the training rows
-    notes: list[str] = field(default_factory=list)  # how peers' descriptions and unlike files were read, rows encoded
+    notes: list[str] = field(default_factory=list)  # how sources were read and rows encoded
 
     def account(self, file: str, use: str) -> Account:
         """The account of a file under a use; made on first call."""

@@ -26,7 +26,7 @@ import numpy as np
 from luthier.contracts.errors import DataError, LuthierError, raise_all
 from luthier.contracts.record import Source
 from luthier.contracts.step import Decision, Item, Room, RowStep, SetStep
-from luthier.data.applied import added, batches, cache_name, decided, name_of, rows_through
+from luthier.data.applied import BATCH, added, batches, cache_name, decided, name_of, rows_through, with_words
 from luthier.data.faults import MOST_REASONS, Faults
 from luthier.data.ledger import Account
 from luthier.data.sources import SourceReader
@@ -171,6 +171,11 @@ class PartPass(Pass):
     def parts(self) -> list[str]:
         return self.units()
 
+    @property
+    def batch(self) -> int:
+        """Rows that a step is given at once; few where it asks an endpoint or runs a model, so that progress shows."""
+        return 64 if self.serial else BATCH
+
     def size(self, name: str) -> int:
         return int((self.before.about(name) or {}).get("rows", 0))
 
@@ -191,13 +196,13 @@ class RowPass(PartPass):
 
     @cached_property
     def works(self) -> list[Any]:
-        return [step.work(self.own(name_of(step))) for step in self.steps]
+        return [with_words(step, step.work(self.own(name_of(step)))) for step in self.steps]
 
     def unit(self, name: str, report: Report) -> None:
         tallies = [Tally(name_of(step)) for step in self.steps]
 
         def rows() -> Iterator[Item]:
-            for batch in batches(self.before.items(name)):
+            for batch in batches(self.before.items(name), self.batch):
                 size = len(batch)
                 for work, tally in zip(self.works, tallies, strict=True):
                     batch = rows_through(work, batch, tally)
@@ -225,14 +230,14 @@ class SketchPass(PartPass):
 
     @cached_property
     def sketcher(self) -> Any:
-        return self.step.sketch(self.own(name_of(self.step)))
+        return with_words(self.step, self.step.sketch(self.own(name_of(self.step))))
 
     def is_done(self, name: str) -> bool:
         return self.stage.about(sketch_name(name)) is not None
 
     def unit(self, name: str, report: Report) -> None:
         made = []
-        for batch in batches(self.before.items(name)):
+        for batch in batches(self.before.items(name), self.batch):
             made.append(self.sketcher(batch))
             report(len(batch))
         self.stage.put(sketch_name(name), np.concatenate(made or [self.sketcher([])]), {})

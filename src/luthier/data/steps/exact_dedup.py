@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.contracts.step import Decision, Item, Room, Rows, SetStep, Sketcher
-from luthier.data.exact_words import BYTES, digest_of, normalised
+from luthier.data.best import score_of
+from luthier.data.exact_words import BYTES, as_it_is, digest_of, normalised_bytes
 from luthier.data.texts import prompt, whole
 
 REASON = "the same as an earlier row"
@@ -41,15 +42,13 @@ class ExactDedup(SetStep):
 
     def sketch(self, room: Room) -> Sketcher:
         words = prompt if self.of == "prompt" else whole
+        form = normalised_bytes if self.normalise else as_it_is
 
         def digests(items: Sequence[Item]) -> NDArray[Any]:
-            raw = bytearray()
-            for item in items:
-                text = words(item.record) or whole(item.record)
-                raw += digest_of(normalised(text) if self.normalise else text)
+            raw = b"".join([digest_of(form(words(item.record) or whole(item.record))) for item in items])
             sketches_B = np.zeros(len(items), dtype=[("digest", f"V{BYTES}"), ("score", "f8")])
-            sketches_B["digest"] = np.frombuffer(bytes(raw), dtype=f"V{BYTES}")
-            sketches_B["score"] = [self._score(item) for item in items]
+            sketches_B["digest"] = np.frombuffer(raw, dtype=f"V{BYTES}")
+            sketches_B["score"] = [score_of(item, self.score) for item in items]
             return sketches_B
 
         return digests
@@ -57,10 +56,6 @@ class ExactDedup(SetStep):
     def decide(self, sketches_B: NDArray[Any], rows: Rows, room: Room) -> Decision:
         stays_B = first_of_each(sketches_B["digest"], sketches_B["score"])
         return Decision(stays_B.astype(np.int64), np.zeros(len(stays_B), np.int64), (REASON,))
-
-    def _score(self, item: Item) -> float:
-        value = item.notes.get(self.score) if self.score else None
-        return float(value) if isinstance(value, int | float) else float("-inf")
 
 
 def first_of_each(digests_B: NDArray[Any], scores_B: NDArray[Any]) -> NDArray[Any]:
