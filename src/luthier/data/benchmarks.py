@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from luthier.contracts.errors import DataError
-from luthier.contracts.record import Source
+from luthier.contracts.record import Prompt, Source
 from luthier.data.applied import read
 from luthier.data.detect import pick
 from luthier.data.paths import expand
@@ -60,6 +60,9 @@ def _of_file(file: str) -> Iterator[Asked]:
             if role in ("system", "developer"):
                 continue  # every row's instructions are no question
             yield Asked(str(record.source), text, role in ("assistant", "tool"))
+        if isinstance(record, Prompt):  # its answer stands in a column of its own: canonical_solution, answer
+            for name, text in _leaves("", record.columns):
+                yield Asked(str(record.source), text, bool(_ANSWERS.search(name)))
 
 
 def _is_known(file: str) -> bool:
