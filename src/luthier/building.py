@@ -59,7 +59,9 @@ def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
 
 def tokenizer_of(model: ModelSection) -> Any:
     """The recipe's tokenizer; a function of its own, so that another process can open it."""
-    return load_text(model).tokenizer
+    tokenizer = load_text(model).tokenizer
+    tokenizer.model_max_length = int(1e30)  # it only counts: a text beyond the model's positions is no fault here
+    return tokenizer
 
 
 def scorer_of(target: str) -> RewardScorer:

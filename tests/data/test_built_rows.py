@@ -60,6 +60,12 @@ def test_there_and_back(record: Record, tmp_path: Path) -> None:
     assert read == record  # the ordinary reader, the formats found by their columns, and the place it first came from
 
 
+def test_kinds_may_mix_in_a_built_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"".join(built.line(Item(record, "all")) for record in [*RECORDS, *RECORDS[::-1]]))
+    assert list(records(read_rows(str(path), _never), _never)) == [*RECORDS, *RECORDS[::-1]]
+
+
 def test_words_of_a_record() -> None:
     assert spoken(TALK)[2:5] == [("assistant", "hm"), ("assistant", "mail me"), ("tool", "r")]
     assert (prompt(ASKED), answer(ASKED), answer(Text("t", AT))) == ("q", "good", "t")

@@ -90,16 +90,18 @@ def records(
     name: str | None = None,
     sibling: Sibling | None = None,
 ) -> Iterator[Record]:
-    """Records of one file's rows; a row that is wrong goes to `on_bad`."""
-    rows = _as_written(rows)
-    first = list(islice(rows, 1 if name else _FIRST_ROWS))
+    """Records of one file's rows; a row that is wrong goes to `on_bad`. Rows that we built have a format each."""
+    written = _as_written(rows)
+    first = list(islice(written, 1 if name else _FIRST_ROWS))
     if not first:
         return
-    sibling = sibling or Sibling(first[0][1].file)
-    chosen = named(name) if name else _picked(first, sibling)
-    _beside(sibling, chosen.NAME, first)
-    for row, source in chain(first, rows):
+    shown = [(row, source) for row, source, _ in first]
+    sibling = sibling or Sibling(shown[0][1].file)
+    of_file = named(name) if name else _picked(shown, sibling)
+    _beside(sibling, of_file.NAME, shown)
+    for row, source, ours in chain(first, written):
         try:
+            chosen = pick([(row, source)]) if ours and not name else of_file
             if not chosen.detect(row):
                 raise DataError(
                     f"the row lacks the columns of the format {chosen.NAME}" + ("" if name else ", which the file has"),
@@ -117,13 +119,14 @@ def records(
 
 def _as_written(
     rows: Iterator[tuple[Mapping[str, Any], Source]],
-) -> Iterator[tuple[Mapping[str, Any], Source]]:
-    """Rows whose cells are read, where a table of text gave them; rows that we built say where they came from."""
+) -> Iterator[tuple[Mapping[str, Any], Source, bool]]:
+    """Rows whose cells are read, where a table of text gave them; rows that we built say so, and where they came from."""
     table: bool | None = None
     for row, source in rows:
         if table is None:
             table = kind(source.file) == "csv"
-        yield original(from_cells(row) if table else row, source)
+        made, place = original(from_cells(row) if table else row, source)
+        yield made, place, made is not row and not table
 
 
 def _picked(first: Sequence[tuple[Mapping[str, Any], Source]], sibling: Sibling) -> Format:
