@@ -120,7 +120,7 @@ def records(
 def _as_written(
     rows: Iterator[tuple[Mapping[str, Any], Source]],
 ) -> Iterator[tuple[Mapping[str, Any], Source, bool]]:
-    """Rows whose cells are read, where a table of text gave them; rows that we built say so, and where they came from."""
+    """Rows whose cells are read, where a table of text gave them; rows that we built say where they came from."""
     table: bool | None = None
     for row, source in rows:
         if table is None:
