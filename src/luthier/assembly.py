@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import luthier
-from luthier.building import as_source, built_rows
+from luthier.building import as_source, telling
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.event import Event
@@ -243,7 +243,7 @@ def preparing_rows(
     if stage is not None:
         section = section.model_copy(update={"train": stage, "eval": None})
     elif section.steps:
-        built = built_rows(recipe)
+        built = yield from telling(recipe)
         section = section.model_copy(update={"train": as_source(built), "steps": ()})
     prepared = yield from preparing(
         section, encoder, seed=recipe.train.seed, kinds=objective.records, objective=str(recipe.objective["name"])

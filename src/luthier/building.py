@@ -6,13 +6,15 @@ now, gone on with, or taken as it is. `luthier data build` makes the same set be
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from luthier.contracts.errors import ModelError, RecipeError
+from luthier.contracts.event import Event, Noted
 from luthier.contracts.step import Step
-from luthier.data.build import BuildSpec, Built, build
+from luthier.data.build import BuildSpec, Built, build, building
 from luthier.data.crew import Progress
 from luthier.data.paths import expand
 from luthier.data.sources import resolved
@@ -28,6 +30,20 @@ def built_rows(
 ) -> Built:
     """The built set of a recipe, by default in RUN/built."""
     return build(spec_of(recipe), out or place_of(recipe), workers, progress)
+
+
+def telling(recipe: Recipe) -> Generator[Event, None, Built]:
+    """`built_rows`, telling which step is under way: what training shows while it builds."""
+    work = building(spec_of(recipe), place_of(recipe))
+    while True:
+        try:
+            yield Noted("info", f"data.steps: {next(work)}")
+        except StopIteration as end:
+            built: Built = end.value
+            break
+    if built.reused:
+        yield Noted("info", f"rows are those of {built.rows}: nothing that decides them has changed")
+    return built
 
 
 def place_of(recipe: Recipe) -> Path:

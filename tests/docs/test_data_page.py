@@ -64,7 +64,7 @@ def test_the_whole_road(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sources = steps["mix"]["figures"]["sources"]
     assert sources.keys() == {"maths", "instructions", "chinese", "general"}
     for source in (one for one in sources.values() if one["rows_taken"] >= 10):  # of fewer, a row is a large share
-        assert source["share_realised"] == pytest.approx(source["share_asked"], abs=0.03)
+        assert source["share_realised"] == pytest.approx(source["share_asked"], abs=0.05)
     card = (built / "README.md").read_text("utf-8")
     assert card.startswith("---\n") and "decontaminate" in card
     run = json.loads((place / "runs" / "clean" / "data" / "ledger.json").read_text("utf-8"))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -83,6 +83,20 @@ def build(
     runner: Runner | None = None,
 ) -> Built:  # fmt: skip
     """The built set in `out`: made, gone on with, or taken as it is where it is this very one."""
+    work = building(spec, out, workers, progress, runner)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            built: Built = end.value
+            return built
+
+
+def building(
+    spec: BuildSpec, out: Path, workers: int | None = None, progress: Progress | None = None,
+    runner: Runner | None = None,
+) -> Generator[str, None, Built]:  # fmt: skip
+    """`build`, saying which pass comes next."""
     with hold(out):
         passes = plan(spec, out)
         finish = passes[-1]
@@ -92,6 +106,7 @@ def build(
         sweep(out, passes)
         with runner or Crew(workers or _workers(spec)) as crew:
             for work in passes:
+                yield work.title
                 here = isinstance(crew, Crew)  # the decision of a set step is made in this process
                 crew.run(_heard(work, progress or _quiet) if here else work, progress or _quiet)
         shutil.rmtree(out / ".work" / "stages", ignore_errors=True)
