@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from luthier.engine import fault
+from luthier.disk import fault
 from luthier.engine.journal import read
 from luthier.models.load import save_whole
 from tiny import tiny, tiny_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from luthier.engine import fault
+from luthier.disk import fault
 from luthier.engine.journal import metric_rows, read
 
 Call = Callable[..., Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from luthier.engine import fault
+from luthier.disk import fault
 from luthier.engine.journal import metric_rows, read
 from luthier.models.load import save_whole
 from luthier.recipe import resolve
