@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from luthier.engine import checkpoint, fault
+from luthier.disk import fault
+from luthier.engine import checkpoint
 from luthier.engine.journal import metric_rows
 
 

@@ -15,7 +15,8 @@ import torch
 from engine import rig
 from luthier.contracts.errors import CheckpointError, LuthierError, ResourceError, UsageError
 from luthier.contracts.event import Noted, Resumed, Saved
-from luthier.engine import checkpoint, durable, fault, saving
+from luthier.disk import durable, fault
+from luthier.engine import checkpoint, saving
 from luthier.engine.journal import metric_rows, read
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from engine import rig
-from luthier.engine import checkpoint, fault
+from luthier.disk import fault
+from luthier.engine import checkpoint
 from luthier.engine.journal import metric_rows, read
 
 POINTS = (
