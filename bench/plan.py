@@ -8,7 +8,6 @@ microbatch of rows of one length a step. Nothing is timed. Writes plan.json and 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from pathlib import Path

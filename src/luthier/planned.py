@@ -6,6 +6,7 @@ is about to begin, whose own account then holds prediction and measurement side 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +14,13 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.models.directory import find_directory, read_json, scan
+from luthier.planner import twin
 from luthier.planner.formats import Stored
 from luthier.planner.head import mode_of
 from luthier.planner.load import Course
 from luthier.planner.memory import Memory, Setting, memory_of
 from luthier.planner.shape import ModelShape, blank_model, config_of, read_shape
-from luthier.planner.trained import Trained, attach
+from luthier.planner.trained import Trained
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
 
@@ -39,13 +41,20 @@ class Planned:
         return memory_of(self.shape, self.trained, self.setting, self.course)
 
 
-def plan_of(recipe: Recipe, course: Course, device: str, words: dict[str, Any] | None = None) -> Planned:
+Tokenize = Callable[[str], list[int]]
+
+
+def plan_of(
+    recipe: Recipe, course: Course, device: str, words: dict[str, Any] | None = None, tokenize: Tokenize | None = None
+) -> Planned:
     """`device`: cpu or cuda. `words`: a configuration in place of the model directory's."""
     method: Method = resolve.build("methods", recipe.method)
+    if tokenize is not None:
+        method = method.with_texts(tokenize)
     objective: Objective = resolve.build("objectives", recipe.objective)
-    model = blank_model(config_of(config_words(recipe) if words is None else words), objective.reads)
-    shape = read_shape(model)
-    trained = attach(method, model)
+    config = config_of(config_words(recipe) if words is None else words)
+    shape = read_shape(blank_model(config, objective.reads))
+    trained = twin.trained_by(method, config, objective.reads)
     if trained.base_trained and recipe.model.quantization != "none":
         raise RecipeError(
             "this method trains the base's own weights, which a quantised base does not have",
@@ -106,6 +115,13 @@ def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course
     return notes
 
 
-def changed(planned: Planned, **settings: Any) -> Planned:
-    """The same plan under another setting."""
-    return replace(planned, setting=replace(planned.setting, **settings))
+def trained_by(section: dict[str, Any], recipe: Recipe, words: dict[str, Any]) -> Trained:
+    """What another method would train in the same model."""
+    objective: Objective = resolve.build("objectives", recipe.objective)
+    return twin.trained_by(resolve.build("methods", section), config_of(words), objective.reads)
+
+
+def on(planned: Planned, device: str) -> Planned:
+    """The same plan on another kind of device."""
+    objective: Objective = resolve.build("objectives", planned.recipe.objective)
+    return replace(planned, setting=setting_of(planned.recipe, objective, planned.trained, device))

@@ -14,7 +14,7 @@ from luthier.contracts.batch import Batch
 from luthier.data.stream import Stream
 from luthier.models.last_layer import WORTH
 
-LOOKED_AT = 50  # steps of the stream whose microbatches are looked at
+LOOKED_AT = 20  # steps of the stream whose microbatches are looked at
 
 
 @dataclass(frozen=True, slots=True)
