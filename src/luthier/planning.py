@@ -27,6 +27,7 @@ from luthier.planner.time import UTILISATION, Device, Time, device_named, known_
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
 
+_BEYOND = {"cpu": "interpreter and libraries, assumed", "cuda": "context and allocator slack, assumed"}
 LEAST_TO_CALIBRATE = 64 << 20  # predicted bytes below which a process is mostly its libraries
 
 
@@ -52,7 +53,8 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
     found = calibration.read(device.kind) if asked.calibrated else None
     told = {
         "model": _model(planned), "method": recipe.method["name"], "objective": recipe.objective["name"],
-        "device": device.name, "course": _course_words(course), "memory": _memory(planned.memory, found),
+        "device": device.name, "course": _course_words(course),
+        "memory": _memory(planned.memory, device.kind, found),
         "time": _time(planned, device, asked.devices), "notes": [*planned.notes, *_said(found)],
     }  # fmt: skip
     room = fit.read_bytes(asked.fit) if asked.fit else device.memory
@@ -123,7 +125,7 @@ def _course(recipe: Recipe, asked: Asked, device: Device) -> tuple[Course, Calla
         row, said = recipe.data.max_tokens, train.microbatch_tokens
         microbatch = max(MICROBATCH_TOKENS.get(device.kind, 4096), row) if said == "auto" else int(said)
         tokens = train.tokens_per_step or (train.rows_per_step or 1) * row
-        return assumed(tokens, min(microbatch, max(tokens, row)), row, 1.0, train.max_steps or 1), None
+        return assumed(tokens, min(microbatch, max(tokens, row)), row, 1.0, train.max_steps or 0), None
     text = load_text(recipe.model)
     prepared = prepared_rows(recipe, encoder_of(recipe, text, []))
     place, reserved = torch.device(device.kind), _reserved(method, text.tokenizer)
@@ -148,17 +150,17 @@ def _model(planned: Planned) -> dict[str, Any]:
 
 def _course_words(course: Course) -> dict[str, Any]:
     return {
-        "steps": course.steps, "tokens_per_step": round(course.tokens_per_step), "microbatches": course.microbatches,
-        "from_rows": course.from_rows,
+        "steps": course.steps or None, "tokens_per_step": round(course.tokens_per_step),
+        "microbatches": course.microbatches, "from_rows": course.from_rows,
     }  # fmt: skip
 
 
-def _memory(memory: Memory, found: calibration.Calibration | None) -> dict[str, Any]:
+def _memory(memory: Memory, kind: str, found: calibration.Calibration | None) -> dict[str, Any]:
     return {
         "terms": memory.terms, "peak_bytes": memory.peak, "moment": memory.moment, "limiting": memory.limiting,
         "moments": {name: sum(terms.values()) for name, terms in memory.moments.items()},
         "needs_bytes": _needs(memory, found), "tokens": memory.load.tokens, "scored": memory.load.scored,
-        "beyond": "what calibration found" if found else "libraries, or context and slack, as assumed",
+        "beyond": _BEYOND[kind] if found is None else "what runs here showed",
     }  # fmt: skip
 
 
@@ -194,7 +196,8 @@ def _timed(planned: Planned, device: Device) -> Time:
 def _time_words(found: Time, device: Device) -> dict[str, Any]:
     return {
         "estimate": True, "device": device.name, "tokens_per_second": found.tokens_per_second,
-        "step_seconds": found.step, "steps": found.steps, "hours": found.hours, "limiting": found.limiting,
+        "step_seconds": found.step, "steps": found.steps or None, "hours": found.hours if found.steps else None,
+        "limiting": found.limiting,
         "seconds": found.seconds, "flops": found.flops, "tflops": device.flops / 1e12, "measured": device.measured,
         "utilisation": UTILISATION[device.kind],
     }  # fmt: skip

@@ -29,10 +29,10 @@ SMALL = llama(256, 4, 704, 4, num_key_value_heads=2, vocab_size=8_000)
 
 
 def recipe(method: Any = "lora", **sections: Any) -> Recipe:
-    return Recipe(model=sections.pop("model", "unused"), data={"train": "unused.jsonl"}, method=method, **sections)
+    return Recipe(**{"model": "unused", "data": {"train": "unused.jsonl"}, "method": method, **sections})
 
 
 def planned(words: dict[str, Any], method: Any = "lora", course: Course | None = None, **sections: Any) -> Planned:
     """On a CPU, one microbatch of 1,024 tokens unless told otherwise."""
     course = assumed(1024, 1024, 512, 0.6) if course is None else course
-    return plan_of(recipe(method, **sections), course, sections.pop("device", "cpu"), words)
+    return plan_of(recipe(method, **sections), course, "cpu", words)

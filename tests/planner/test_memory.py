@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bench import plan, work
 from luthier.contracts.errors import RecipeError
+from luthier.planner.activations import Numbers, kept
 from luthier.planner.formats import Stored, nf4_bits, state_bytes
 from luthier.planner.load import Load, assumed, load_of
 from luthier.planner.memory import memory_of, with_tokens
@@ -86,6 +87,16 @@ def test_what_saves_memory_does() -> None:
     assert again.peak < half.peak < peak and packed.peak < peak and fewer.peak < peak
     assert packed.terms["workspace"] == 4096 * 14_336 * 4
     assert "workspace" not in plain.memory.terms
+
+
+def test_activations_of_a_gpu_are_the_published_ones_less_what_fusing_spares() -> None:
+    """12 h + 4 k + 8 f bytes for a token and layer in bf16; the fused SwiGLU keeps 2 f less, adapters 2 r more."""
+    for words in (LLAMA_7B, LLAMA_8B):
+        found = planned(words)
+        form, ranks = found.shape.form, found.trained.ranks
+        published = 12 * form.width + 4 * form.keys + 8 * form.ffn
+        layer = kept(form, found.trained, Load(1, 1, 1, 1), Numbers(2, 2, kernels=True)).layer
+        assert layer == published - 2 * form.ffn + 2 * ranks + 4 * (2 + form.heads)
 
 
 def test_optimizer_in_backward_holds_two_gradients() -> None:

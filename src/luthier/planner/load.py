@@ -40,7 +40,7 @@ class Load:
 class Course:
     """A whole training: how many steps, what is in one, and the microbatches that were looked at."""
 
-    steps: int
+    steps: int  # 0: not known
     tokens_per_step: float
     scored_per_step: float
     pairs_per_step: float
@@ -81,7 +81,7 @@ def course_of(stream: Stream, steps: int, evaluation: Stream | None = None) -> C
     )  # fmt: skip
 
 
-def assumed(tokens_per_step: int, microbatch: int, row: int, scored_share: float, steps: int = 1) -> Course:
+def assumed(tokens_per_step: int, microbatch: int, row: int, scored_share: float, steps: int = 0) -> Course:
     """Without rows: full microbatches of rows of one length."""
     microbatch = max(microbatch, row)
     rows, rest = divmod(microbatch, row)

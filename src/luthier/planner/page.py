@@ -1,4 +1,7 @@
-"""A plan as a table for people; the JSON twin has the same numbers. Amounts are MB and GB of 1e6 and 1e9 bytes."""
+"""A plan as a page for people: terms with what they are, the moments, time, what to change, notes.
+
+The JSON twin has the same numbers in bytes; here amounts are MB and GB of 1e6 and 1e9 bytes. Nothing is computed here.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +63,19 @@ def _time(time: Mapping[str, Any]) -> list[str]:
     source = "measured here" if time["measured"] else "data sheet or given, not measured"
     found = [
         f"time (estimate)  {time['tokens_per_second']:,.0f} tokens/s, {time['step_seconds']:.2f} s a step, "
-        f"{time['steps']:,} steps, {time['hours']:.2f} h on {time['device']}; most of it: {time['limiting']}",
+        f"{_length(time)} on {time['device']}; most of it: {time['limiting']}",
         f"  rate {time['tflops']:.2f} TFLOP/s ({source}) at {time['utilisation']:.0%} utilisation",
     ]  # fmt: skip
     return found + table([
-        (name, f"{one['tokens_per_second']:,.0f} tokens/s", f"{one['hours']:.2f} h, {one['verdict']}")
+        (name, f"{one['tokens_per_second']:,.0f} tokens/s", f"{_length(one)}, {one['verdict']}")
         for name, one in time.get("devices", {}).items()
     ])  # fmt: skip
+
+
+def _length(time: Mapping[str, Any]) -> str:
+    if time["hours"] is None:
+        return f"steps not known, {time['step_seconds']:.2f} s each"
+    return f"{time['steps']:,} steps, {time['hours']:.2f} h"
 
 
 def _fit(fit: Mapping[str, Any]) -> list[str]:

@@ -73,8 +73,7 @@ def blank_model(config: Any, reads: str = "logprobs") -> nn.Module:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: nn.Module = kind.from_config(config)
-        if hasattr(model, "tie_weights"):
-            model.tie_weights()
+            model.tie_weights()  # type: ignore[operator]
     except Exception as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ModelError(f"transformers cannot build it: {said}", where="config.json",

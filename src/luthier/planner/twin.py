@@ -1,8 +1,9 @@
 """What a method trains, where it must run the model to find its places: two short twins, and the rest by counting.
 
 Adapters after blocks, prefixes and the like look at one forward pass, which the meta device cannot give. Twins of two
-and of three layers have the model's widths and zeros that no page was written for, so they cost little. What the third layer adds is added for every further one: exact where layers are
-alike; where the first layers differ from the others it is an estimate, and `Trained.measured` is False for all of them.
+and of three layers have the model's widths and zeros that no page was written for, so they cost little. What the third
+layer adds is added for every further one: exact where layers are alike. Where the first layers differ from the others
+it is an estimate; `Trained.measured` is False for all of them.
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ def _grown(small: Trained, large: Trained, times: int) -> Trained:
     more, gone = Counter(large.tensors) - Counter(small.tensors), Counter(small.tensors) - Counter(large.tensors)
     tensors = list((Counter(small.tensors) - gone).elements())
     for old in gone.elements():
-        new = next(one for one in more if more[one] and one.shape[1:] == old.shape[1:])
+        new = next(one for one in more if more[one] and _differ(old.shape, one.shape) == 1)
         more[new] -= 1
-        rows = old.shape[0] + times * (new.shape[0] - old.shape[0])
-        tensors.append(_of_rows(old, rows))
+        tensors.append(_longer(old, new, times))
     tensors += [tensor for tensor, count in more.items() for _ in range(count * times)]
     return replace(
         small, tensors=tuple(tensors), frozen=small.frozen + times * (large.frozen - small.frozen),
@@ -63,9 +63,15 @@ def _grown(small: Trained, large: Trained, times: int) -> Trained:
     )  # fmt: skip
 
 
-def _of_rows(tensor: Tensor, rows: int) -> Tensor:
-    each, states = tensor.elements // tensor.shape[0], tensor.states // tensor.shape[0]
-    return replace(tensor, elements=rows * each, states=rows * states, shape=(rows, *tensor.shape[1:]))
+def _differ(old: tuple[int, ...], new: tuple[int, ...]) -> int:
+    """In how many dimensions."""
+    return sum(a != b for a, b in zip(old, new, strict=True)) if len(old) == len(new) else len(old) + len(new)
+
+
+def _longer(old: Tensor, new: Tensor, times: int) -> Tensor:
+    shape = tuple(a + times * (b - a) for a, b in zip(old.shape, new.shape, strict=True))
+    elements, states = (a + times * (b - a) for a, b in ((old.elements, new.elements), (old.states, new.states)))
+    return replace(old, elements=elements, states=states, shape=shape)
 
 
 def _text(config: Any) -> Any:
