@@ -117,12 +117,13 @@ def error(cell: dict[str, Any]) -> float:
 
 def page(result: dict[str, Any]) -> str:
     head = (
-        "trained", "vocabulary", "activations", "tokens", "predicted", "measured", "off by", "peak at", "largest term",
+        "trained", "vocabulary", "activations", "tokens", "predicted", "measured", "off by", "resident", "peak at",
+        "largest term",
     )  # fmt: skip
     rows = [
         [cell["method"], f"{result['shapes'][cell['model']]['vocab_size']:,}",
          "recomputed" if cell["recompute"] else "kept", f"{cell['tokens']:,}", megabytes(cell["predicted_bytes"]),
-         megabytes(cell["measured_bytes"]), f"{error(cell):+.1%}", cell["moment"],
+         megabytes(cell["measured_bytes"]), f"{error(cell):+.1%}", megabytes(cell["resident_bytes"]), cell["moment"],
          max(cell["terms"], key=cell["terms"].get)]
         for cell in result["cells"]
     ]  # fmt: skip
@@ -131,7 +132,8 @@ def page(result: dict[str, Any]) -> str:
         machine(result), *(f"{model_words(shape)}." for shape in result["shapes"].values()),
         f"The prediction farthest from its measurement is off by {worst:.1%}.",
         "Measured: bytes that torch's operations hold at most in two whole steps, and the weights. Buffers that a "
-        "kernel takes and gives back within one operation are in neither.",
+        "kernel takes and gives back within one operation are in neither. Resident: the process after the second step, "
+        "with interpreter, libraries and what earlier cells of the same process left.",
         versions(result),
     ]  # fmt: skip
     return f"# Peak memory, predicted and measured\n\n{table(head, rows, left=3)}\n{bullets(told)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from luthier.contracts.method import Method
 from luthier.data.stream import Stream
 from luthier.models.load import load_text
 from luthier.planned import Planned, config_words, on, plan_of, trained_by
-from luthier.planner import calibration, fit
+from luthier.planner import calibration, fit, layout
 from luthier.planner.load import Course, assumed, course_of
-from luthier.planner.memory import Memory
+from luthier.planner.memory import Memory, base_bytes
 from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
@@ -40,6 +40,7 @@ class Asked:
     devices: bool = False
     rows: bool = True
     calibrated: bool = True
+    gpus: int = 1  # above 1: what each would hold, by way of sharing
     flops: float | None = None  # given in place of a measured or tabled rate
     words: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -58,6 +59,8 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
         "time": _time(planned, device, asked.devices), "notes": [*planned.notes, *_said(found)],
     }  # fmt: skip
     room = fit.read_bytes(asked.fit) if asked.fit else device.memory
+    if asked.gpus > 1:
+        told["layout"] = _layout(planned, asked.gpus)
     if room is not None:
         told["fit"] = _fit(planned, room, words, found)
     return told
@@ -201,6 +204,13 @@ def _time_words(found: Time, device: Device) -> dict[str, Any]:
         "seconds": found.seconds, "flops": found.flops, "tflops": device.flops / 1e12, "measured": device.measured,
         "utilisation": UTILISATION[device.kind],
     }  # fmt: skip
+
+
+def _layout(planned: Planned, gpus: int) -> list[dict[str, Any]]:
+    """States of mixed Adam (bf16 weight and gradient, 12 bytes besides) on each of several GPUs; no activations."""
+    shape, trained, setting = planned.shape, planned.trained, planned.setting
+    base = base_bytes(shape, trained, setting) / shape.parameters
+    return [asdict(one) for one in layout.ways(shape.parameters, trained.elements, gpus, base)]
 
 
 def _fit(planned: Planned, room: int, words: dict[str, Any], found: calibration.Calibration | None) -> dict[str, Any]:

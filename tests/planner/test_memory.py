@@ -57,6 +57,12 @@ def test_predicted_within_tolerance_of_measured(method: str, recompute: bool, tm
     assert sum(cell["terms"].values()) == cell["predicted_bytes"]
 
 
+def test_what_trains_high_up_keeps_nothing_below() -> None:
+    whole, upper = (planned(SMALL, {"name": "lora", **more}) for more in ({}, {"layers_to_transform": [2, 3]}))
+    assert (whole.trained.first, upper.trained.first) == (0, 2)
+    assert upper.memory.terms["activations"] < 0.6 * whole.memory.terms["activations"]
+
+
 def test_every_moment_is_the_sum_of_its_terms_and_the_peak_is_the_largest() -> None:
     memory = planned(SMALL).memory
     sums = {name: sum(terms.values()) for name, terms in memory.moments.items()}

@@ -94,6 +94,14 @@ def test_a_full_training_is_told_to_take_an_adapter() -> None:
     assert told["best"][0]["override"] == "method.name=lora" and told["fits_with"]
 
 
+def test_sharing_stands_beside_the_plan() -> None:
+    told = plan(recipe("full"), asked(gpus=8))
+    held = {one["way"]: one["device_bytes"] for one in told["layout"]}
+    parameters = told["model"]["parameters"]
+    assert held["ddp"] == 16 * parameters and held["zero3"] == 2 * parameters
+    assert any("states on each of 8 GPUs" in line for line in lines(told))
+
+
 def test_nothing_fits_is_exit_5(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(written), "--fit", "1MB"]) == 5
     seen = capsys.readouterr()

@@ -22,6 +22,7 @@ from luthier.contracts.errors import ResourceError, UsageError
 @click.option("--fit", metavar="24GB", help="Room there is; proposes changes, exit 5 where nothing fits.")
 @click.option("--device", metavar="NAME", help="cpu, or a GPU of the table (rtx-4090, a100-80gb, h100-80gb, ...).")
 @click.option("--devices", is_flag=True, help="Time and fit on every GPU of the table.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, help="States on each of so many, by way of sharing.")
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), help="Matrix rate, in place of the table's.")
 @click.option("--config", type=click.Path(), help="A config.json in place of the model's: no weights, no rows needed.")
 @click.option("--no-rows", is_flag=True, help="Read no rows: full microbatches of data.max_tokens are assumed.")
@@ -59,7 +60,7 @@ def _plan(recipe: str, overrides: tuple[str, ...], as_json: bool, how: dict[str,
 
     told = run.plan(
         read, fit=how["fit"], device=how["device"], devices=how["devices"], rows=not how["no_rows"],
-        calibrated=not how["no_calibration"], config=how["config"],
+        calibrated=not how["no_calibration"], config=how["config"], gpus=how["gpus"],
         flops=how["tflops"] * 1e12 if how["tflops"] else None,
     )  # fmt: skip
     click.echo(json.dumps(told) if as_json else "\n".join(lines(told)))

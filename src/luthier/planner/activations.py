@@ -9,6 +9,9 @@ For each token of a layer, in elements (D width, A queries, K keys, F MLP; each 
     A (+ A)    attention's output; on a CPU once more, laid out as tokens by width, where the output linear keeps it
     2 F + F    gate and up (fused SwiGLU keeps nothing else), and their product where the down linear keeps it
     R, O       x A^T of low-rank pairs; with DoRA every output before it is scaled
+    plain      an MLP without a gate keeps F, of GPT-2's gelu written out 4 F; dropout a byte for each number that it
+               drops; attention with dropout its shares before and after it and the noise, 12 bytes
+               for each query, key and head, and scaled queries and keys
     small      one number for each norm, one for each head
 
 The last layer keeps all rows of what its keys and values need and only the scored rows of everything else; its masks
@@ -61,9 +64,11 @@ def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
     else:
         last, shared = load.tokens * whole, load.tokens * turned
     flight = _flight(form, trained, numbers)
+    scores = _scores(form, load)
     return Kept(
-        layer=load.tokens * whole, last=last, first_input=0 if trained.embedding_trains else residual, shared=shared,
-        stream=residual, flight=load.tokens * flight, flight_last=load.kept * flight,
+        layer=load.tokens * whole + scores, last=last + scores,
+        first_input=0 if trained.embedding_trains else residual, shared=shared, stream=residual,
+        flight=load.tokens * flight, flight_last=load.kept * flight,
     )  # fmt: skip
 
 
@@ -74,11 +79,12 @@ def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
     elements += form.width * (("attention_in" in saves) + ("mlp_in" in saves))
     if "attention_out" in saves and not numbers.kernels:
         elements += form.queries
-    if form.head_norms:
+    if form.head_norms or form.attention_dropout:
         elements += form.queries + form.keys
-    elements += (2 if form.gated else 1) * form.ffn + form.ffn * ("mlp_out" in saves)
+    elements += (2 if form.gated else form.mlp_kept) * form.ffn + form.ffn * ("mlp_out" in saves)
     normed = 2 * form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
-    return elements * compute + 2 * form.width * numbers.stream + normed + FLOAT * (2 * NORM + form.heads)
+    masks = 2 * form.width if form.dropout else 0
+    return elements * compute + 2 * form.width * numbers.stream + normed + masks + FLOAT * (2 * NORM + form.heads)
 
 
 def _taken(form: Form, trained: Trained, numbers: Numbers) -> int:
@@ -87,6 +93,11 @@ def _taken(form: Form, trained: Trained, numbers: Numbers) -> int:
     normed = form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
     outputs = 2 * form.keys + form.queries if trained.outputs else 0
     return (elements + outputs) * numbers.compute + form.width * numbers.stream + normed + FLOAT * NORM
+
+
+def _scores(form: Form, load: Load) -> int:
+    """Softmax, what dropout leaves of it, and the noise: in training, where attention drops."""
+    return round(2 * load.pairs * form.heads * 3 * FLOAT) if form.attention_dropout else 0
 
 
 def _of_keys(trained: Trained) -> int:

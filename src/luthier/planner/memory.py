@@ -86,7 +86,7 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 
 
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
-    form, numbers = shape.form, numbers_of(trained, setting)
+    form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
     kept, again = activations.kept(form, trained, load, numbers), setting.recomputed(form.layers)
     always, gradients = _always(shape, trained, setting), trained.elements * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)

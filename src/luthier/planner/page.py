@@ -41,10 +41,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     if plan.get("time"):
         found += ["", *_time(plan["time"])]
+    if plan.get("layout"):
+        found += ["", *_layout(plan["layout"])]
     if plan.get("fit"):
         found += ["", *_fit(plan["fit"])]
-    if plan.get("actual"):
-        found += ["", plan["actual"]]
     return [*found, *([""] if plan["notes"] else []), *(f"note: {note}" for note in plan["notes"])]
 
 
@@ -70,6 +70,14 @@ def _time(time: Mapping[str, Any]) -> list[str]:
         (name, f"{one['tokens_per_second']:,.0f} tokens/s", f"{_length(one)}, {one['verdict']}")
         for name, one in time.get("devices", {}).items()
     ])  # fmt: skip
+
+
+def _layout(layout: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = f"states on each of {layout[0]['ranks']} GPUs (weights, gradients, mixed Adam; no activations)"
+    return [head, *table([
+        (one["way"], amount(one["device_bytes"]), f"sends {one['sent_elements'] / 1e6:,.1f} million numbers a step")
+        for one in layout
+    ])]  # fmt: skip
 
 
 def _length(time: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from luthier.contracts.errors import ModelError
 from luthier.models.shapes import Shapes, shapes_of
 
 _LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_GELU_NEW = 4  # x, x / 2, tanh and 1 + tanh, operation by operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,9 @@ class Form:
     vocabulary: int
     tied: bool
     known: bool
+    mlp_kept: int = 1  # of a plain MLP: tensors of its width that the activation keeps
+    attention_dropout: bool = False  # scores are then made and kept
+    dropout: bool = False  # of the residual stream: two masks for each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,14 @@ def _form(text: Any, model: nn.Module, shapes: Shapes) -> Form:
         keys=(_number(text, "num_key_value_heads") or heads) * head_width, head_width=head_width, ffn=ffn,
         gated=gated or bool(experts), head_norms={"q_norm", "k_norm"} <= norms,
         vocabulary=_number(text, "vocab_size"), tied=shapes.tied, known=names == _LLAMA and not experts,
+        mlp_kept=_GELU_NEW if getattr(text, "activation_function", "") == "gelu_new" else 1,
+        attention_dropout=_share(text, "attention_dropout", "attn_pdrop"),
+        dropout=_share(text, "resid_pdrop", "hidden_dropout", "resid_dropout"),
     )  # fmt: skip
+
+
+def _share(text: Any, *names: str) -> bool:
+    return any(getattr(text, name, 0.0) for name in names)
 
 
 def _number(text: Any, *names: str) -> int:

@@ -12,6 +12,7 @@ is, without ranks, and the plan says that this was not measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ class Trained:
     norms_train: bool
     head_trains: bool
     embedding_trains: bool
+    first: int  # the lowest layer in which something trains: those below keep nothing
     measured: bool  # a method whose activations the predictions were measured on
 
     @property
@@ -88,8 +90,28 @@ def attach(method: Method, model: nn.Module) -> Trained:
         norms_train=any(p.ndim == 1 and id(p) in base for p in trained),
         head_trains=head is not None and any(trains(p) for p in head.parameters()),
         embedding_trains=embedding is not None and any(trains(p) for p in embedding.parameters()),
-        measured=bool(ranks) or of_base == sum(base.values()),
+        first=_first(model, shapes),
+        measured=bool(ranks) or (of_base == sum(base.values()) and not _scheduled(trained)),
     )  # fmt: skip
+
+
+def _first(model: nn.Module, shapes: Shapes) -> int:
+    """0 where anything outside the layers trains but what follows them: the head and the last norm."""
+    head, names = shapes.head or "", [name for name, p in model.named_parameters() if trains(p)]
+    above = (f"{head}.", f"{(shapes.layers_pattern or '').rpartition('.')[0]}.norm.")
+    number = {layer: index for index, layer in enumerate(shapes.layers)}
+    found = []
+    for name in names:
+        layer = next((layer for layer in shapes.layers if name.startswith(f"{layer}.")), None)
+        if layer is None and name.startswith(above) and not shapes.tied:
+            continue
+        found.append(0 if layer is None else number[layer])
+    return min(found, default=0)
+
+
+def _scheduled(trained: Sequence[Any]) -> bool:
+    """Whether something of it rests at times (LISA)."""
+    return any(not parameter.requires_grad for parameter in trained)
 
 
 def _states(parameter: Any, projection: Any) -> int:
