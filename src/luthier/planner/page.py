@@ -83,7 +83,7 @@ def _layout(layout: Sequence[Mapping[str, Any]]) -> list[str]:
 def _length(time: Mapping[str, Any]) -> str:
     if time["hours"] is None:
         return f"steps not known, {time['step_seconds']:.2f} s each"
-    return f"{time['steps']:,} steps, {time['hours']:.2f} h"
+    return f"{time['steps']:,} step{'s' * (time['steps'] != 1)}, {time['hours']:.2f} h"
 
 
 def _fit(fit: Mapping[str, Any]) -> list[str]:
