@@ -23,6 +23,7 @@ PLAN: dict[str, tuple[str, ...]] = {
     "full": ("full", "--model", "s32k", "--steps", "3"),  # 4
     "dpo": ("dpo", "--model", "s32k", "--steps", "2"),  # 7.5
     "memory": ("memory",),  # 4
+    "plan": ("plan",),  # 3
     "scale": ("scale", "--steps", "2"),  # 3
     "curves": ("curves",),  # 1
     "quality": ("quality",),  # 7, two of them for the quickstart's base where it is not cached

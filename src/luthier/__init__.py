@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "evaluate", "load", "merge", "train"]
+__all__ = ["Recipe", "__version__", "evaluate", "load", "merge", "plan", "train"]
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe
-    from luthier.run import evaluate, load, merge, train
+    from luthier.run import evaluate, load, merge, plan, train
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
         from luthier.recipe.recipe import Recipe
 
         return Recipe
-    if name in {"train", "evaluate", "merge", "load"}:
+    if name in {"train", "evaluate", "merge", "load", "plan"}:
         from luthier import run
 
         return getattr(run, name)

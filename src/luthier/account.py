@@ -1,6 +1,6 @@
 """What a run writes about itself in its directory, besides the engine's journal and checkpoints.
 
-    begin   resolved.yaml, env.json, data/ledger.json, data/rejects.jsonl, gate.json
+    begin   resolved.yaml, plan.json, env.json, data/ledger.json, data/rejects.jsonl, gate.json
     end     adapter/ or model/, loss.png, report.json, README.md
 
 `begin` is called once no checkpoint has refused the recipe, and opens the gate; `end` is done again as a whole when a
@@ -30,10 +30,12 @@ from luthier.disk.fault import fault
 from luthier.engine.gate import GateFailure, run_gate
 from luthier.engine.journal import summary
 from luthier.engine.plot import draw_loss
+from luthier.engine.resident import forget_peak, peak_bytes
 from luthier.engine.task import Outcome
 from luthier.engine.threads import machine
 from luthier.models.load import save_tokenizer, save_whole
 from luthier.models.replace import sweep_beside
+from luthier.planning import after, predicted
 from luthier.recipe.document import dump
 
 
@@ -51,12 +53,14 @@ def _pass_gate(work: Assembled, directory: Path) -> None:
         replace_text(directory / "gate.json", json.dumps(failure.evidence, indent=2) + "\n")
         raise
     replace_text(directory / "gate.json", json.dumps(evidence, indent=2) + "\n")
+    forget_peak()
 
 
 def _write_beginning(work: Assembled, directory: Path) -> None:
     ledger = work.prepared.ledger
     (directory / "data").mkdir(exist_ok=True)
     replace_text(directory / "resolved.yaml", dump(work.recipe.resolved()))
+    replace_text(directory / "plan.json", json.dumps(predicted(work), indent=2) + "\n")
     replace_text(directory / "env.json", json.dumps(_environment(work), indent=2) + "\n")
     replace_text(directory / "data" / "ledger.json", json.dumps(ledger.to_json(), indent=2) + "\n")
     if ledger.rejects:
@@ -102,10 +106,13 @@ def end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
     fault("result.written")
     draw_loss(directory / "journal.jsonl", directory / "loss.png", title=directory.name)
     told = summary(directory / "journal.jsonl")
+    planned = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+    measured = peak_bytes() if work.device.type == "cpu" else told["peak_bytes"]
     report = {
         "run_dir": str(directory), **told, "eval_loss": outcome.eval_loss, "result_dir": str(result),
         "result_from": f"step {outcome.step}, {'the best' if outcome.is_best else 'the last'}",
         "mergeable": work.method.mergeable, "reads": loaded.reads, "notes": work.notes,
+        "memory": after(planned, measured, work.device.type),
     }  # fmt: skip
     replace_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
     facts = CardFacts(

@@ -1,7 +1,8 @@
 """The hall: the only file that knows every room, one function per verb. Rooms meet here and nowhere else.
 
 train      recipe -> rows -> gate -> steps -> result (adapter or model), as a stream of events
-dry_run    what train would do, without a step      data_rows, data_check   rows and their ledger
+dry_run    what train would do, without a step      plan        memory and time before either
+data_rows, data_check   rows and their ledger
 data_build  raw files through the steps, on disk
 load       a run, adapter or model, ready to use    generate, reply         answers
 evaluate   loss, perplexity, exact match, ranking   merge                   an adapter into its base
@@ -42,9 +43,12 @@ from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
 from luthier.evaluation.reward import RewardScorer, ranking
+from luthier.models.directory import read_json
 from luthier.models.load import load_text, save_whole
 from luthier.models.probe import open_trunk
 from luthier.opened import Opened, open_target
+from luthier.planning import Asked, compare, predicted
+from luthier.planning import plan as plan_recipe
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.sampling.generate import SamplingSpec, room, stream
 from luthier.sampling.generate import generate as generate_tokens
@@ -141,7 +145,19 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "rows": len(work.prepared.train), "evaluation_rows": len(work.prepared.evaluation), "steps": steps,
         "tokens_per_epoch": work.stream.tokens_per_epoch, "pack_fill": round(work.stream.fill(50), 4),
         "output_dir": recipe.output_dir, "notes": work.notes,
+        "predicted_peak_bytes": predicted(work)["predicted_peak_bytes"],
     }  # fmt: skip
+
+
+def plan(target: Recipe | str | Path, *, config: str | Path | None = None, **asked: Any) -> dict[str, Any]:
+    """Memory, time and what to change, from shapes alone; of a finished run, prediction beside measurement.
+
+    `config`: a config.json in place of the model directory's. The rest are the fields of `planning.Asked`.
+    """
+    if not isinstance(target, Recipe):
+        return compare(Path(target))
+    words = None if config is None else read_json(Path(config))
+    return plan_recipe(target, Asked(words=words, **asked))
 
 
 def data_rows(

@@ -71,6 +71,16 @@ def test_memory_stays_within_its_plan(name: str) -> None:
     assert max(point["length"] for point in result["points"]) >= 8192
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if read(name)["bench"] == "plan"])
+def test_predictions_are_near_their_measurements(name: str) -> None:
+    cells = read(name)["cells"]
+    for cell in cells:
+        assert abs(cell["predicted_bytes"] / cell["measured_bytes"] - 1) <= 0.1
+        assert cell["weights_bytes"] >= 64 << 20 and sum(cell["terms"].values()) == cell["predicted_bytes"]
+    axes = [{cell[axis] for cell in cells} for axis in ("model", "method", "recompute", "asked")]
+    assert [len(axis) >= 2 for axis in axes] == [True] * 4 and len(cells) >= 24
+
+
 def test_the_page_is_current() -> None:
     found = page.results()
     assert (page.DOCS / "benchmarks.md").read_text("utf-8") == page.markdown(found), "run python -m bench.page"

@@ -72,6 +72,13 @@ def test_scale_holds_no_more_than_planned(tmp_path: Path) -> None:
     )
 
 
+def test_plan_predicts_what_is_measured(tmp_path: Path) -> None:
+    small = ("--models", "tiny", "--tokens", "128", "--methods", "lora", "full")
+    cells = run("plan", tmp_path, *small)["plan"]["cells"]
+    assert len(cells) == 4
+    assert all(abs(cell["predicted_bytes"] / cell["measured_bytes"] - 1) < 0.1 for cell in cells)
+
+
 def test_curves_overlay(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     methods = run("curves", tmp_path, "--steps", "3", "--one-process")["curves"]["methods"]

@@ -25,6 +25,7 @@ from luthier.contracts.errors import LuthierError, ResourceError, UsageError
 VERBS: dict[str, str] = {
     "quickstart": "See it work: train, tune and score a small model here, in a few minutes.",
     "init": "Write a commented starter recipe.",
+    "plan": "Will it fit, how long will it take, what to change; of a run: predicted and measured.",
     "train": "Train as a recipe says: luthier train RECIPE [path=value ...].",
     "data": "Rows as the model sees them: show, check; raw files to a clean set: build.",
     "generate": "One answer from a model, an adapter or a run.",

@@ -65,6 +65,7 @@ def _closing_lines(report: dict[str, Any]) -> str:
     losses = f"loss {report['final_loss']:.4f}{evaluated}"
     lines = [
         f"{report['steps']} steps, {report['tokens']:,} tokens, {report['seconds']:.1f} s, {losses}",
+        report["memory"]["line"],
         f"result   {result} (from {report['result_from']})",
         f"run      {report['run_dir']} (loss.png, report.json, journal.jsonl)",
         f"next     {program()} {_use_of(report)}",

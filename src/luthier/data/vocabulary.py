@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,24 +214,35 @@ class Vocabulary:
             return Encoded(text, ids_T, ids_T, ids_T)
         flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids_T))
         pairs = flat.reshape(-1, 2)
-        start_T, end_T = pairs[:, 0], pairs[:, 1]
+        start_T, end_T = pairs[:, 0], pairs[:, 1].copy()
         reached_T = np.maximum.accumulate(end_T)
         before_T = np.concatenate(([0], reached_T[:-1]))
         for i in np.flatnonzero(start_T > before_T):
-            if not text[before_T[i] : start_T[i]].isspace():
-                raise self._lossy(text[before_T[i] : start_T[i]])
-        if reached_T[-1] < len(text) and text[reached_T[-1] :].strip():
-            raise self._lossy(text[reached_T[-1] :])
+            gap = text[before_T[i] : start_T[i]]
+            if i and self._composes and _are_marks(gap):  # they went into the letter before (NFC): its token's
+                end_T[i - 1] = before_T[i] = start_T[i]
+            elif not gap.isspace():
+                raise self._lossy(gap)
+        tail = text[reached_T[-1] :]
+        if self._composes and _are_marks(tail):
+            end_T[-1] = len(text)
+        elif tail.strip():
+            raise self._lossy(tail)
         empty = np.flatnonzero(start_T == end_T)
         start_T = np.minimum(start_T, before_T)
         if len(empty):
-            end_T = end_T.copy()
             full = np.flatnonzero(pairs[:, 0] < pairs[:, 1])
             following = np.searchsorted(full, empty)
             for i, k in zip(empty, following, strict=True):
                 limit = int(pairs[full[k], 0]) if k < len(full) else len(text)
                 end_T[i] = max(limit, int(start_T[i]))
         return Encoded(text, ids_T, start_T, end_T)
+
+    @cached_property
+    def _composes(self) -> bool:
+        """Whether the tokenizer's normaliser puts combining marks into their letters (NFC), which loses nothing."""
+        normalizer = self.backend.normalizer
+        return normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9"
 
     def _lossy(self, lost: str) -> DataError:
         return DataError(
@@ -245,3 +257,8 @@ class Vocabulary:
         back = self.tokenizer.decode(self.encode(text).ids_T.tolist(), clean_up_tokenization_spaces=False)
         if "".join(back.split()).lower() != "".join(text.split()).lower():
             raise self._lossy(f"{text!r} came back as {back!r}")
+
+
+def _are_marks(text: str) -> bool:
+    """Combining marks and nothing else."""
+    return bool(text) and all(unicodedata.category(letter)[0] == "M" for letter in text)

@@ -90,6 +90,8 @@ class QuickWords:
 
         None where only the plain way can tell.
         """
+        if self.composes and not text.isascii() and not _composed(text):
+            return None  # as a whole: a mark behind an added token may take its last letter from it
         try:
             parts: list[bytes] = []
             for number, section in enumerate(self._sections(text)):
@@ -133,8 +135,6 @@ class QuickWords:
             found = b"".join(map(self.table.__getitem__, words))
             parts.append(self._kept(section, found) if len(section) <= _LONGEST_PIECE else found)
             return
-        if self.composes and not _composed(section):
-            raise Uncovered(section)
         plain = ""
         for piece in _BORDER.split(section):
             if piece.isascii():

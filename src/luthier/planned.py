@@ -1,0 +1,127 @@
+"""A recipe becomes a plan: the model's shape from config.json, what the method trains, what the rows run through it.
+
+Nothing is loaded and nothing is written. The same functions plan a recipe before it runs (`run.plan`) and a run that
+is about to begin, whose own account then holds prediction and measurement side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from luthier.contracts.errors import RecipeError
+from luthier.contracts.method import Method
+from luthier.contracts.objective import Objective
+from luthier.models.directory import find_directory, read_json, scan
+from luthier.planner import twin
+from luthier.planner.formats import Stored
+from luthier.planner.head import mode_of
+from luthier.planner.load import Course
+from luthier.planner.memory import Memory, Setting, memory_of
+from luthier.planner.shape import ModelShape, blank_model, config_of, read_shape
+from luthier.planner.trained import Trained
+from luthier.recipe import resolve
+from luthier.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """All that a plan is computed from; `memory` is its heart."""
+
+    recipe: Recipe
+    shape: ModelShape
+    trained: Trained
+    setting: Setting
+    course: Course
+    notes: tuple[str, ...]
+
+    @property
+    def memory(self) -> Memory:
+        return memory_of(self.shape, self.trained, self.setting, self.course)
+
+
+Tokenize = Callable[[str], list[int]]
+
+
+def plan_of(
+    recipe: Recipe, course: Course, device: str, words: dict[str, Any] | None = None, tokenize: Tokenize | None = None
+) -> Planned:
+    """`device`: cpu or cuda. `words`: a configuration in place of the model directory's."""
+    method: Method = resolve.build("methods", recipe.method)
+    if tokenize is not None:
+        method = method.with_texts(tokenize)
+    objective: Objective = resolve.build("objectives", recipe.objective)
+    config = config_of(config_words(recipe) if words is None else words)
+    shape = read_shape(blank_model(config, objective.reads))
+    trained = twin.trained_by(method, config, objective.reads)
+    if trained.base_trained and recipe.model.quantization != "none":
+        raise RecipeError(
+            "this method trains the base's own weights, which a quantised base does not have",
+            where="model.quantization", value=recipe.model.quantization, remedy="set it to none, or use method: lora",
+        )  # fmt: skip
+    setting = setting_of(recipe, objective, trained, device)
+    return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)))
+
+
+def config_words(recipe: Recipe) -> dict[str, Any]:
+    """The config.json of the recipe's model."""
+    directory = find_directory(recipe.model.path, recipe.model.revision)
+    scan(directory)
+    found: dict[str, Any] = read_json(directory / "config.json")
+    return found
+
+
+def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: str) -> Setting:
+    """The recipe's words in those of the planner."""
+    precision = _precision(recipe, device)
+    compute = 4 if precision == "fp32" else 2
+    linear = type(objective).coefficients is not Objective.coefficients
+    double = bool(getattr(recipe.model, "double_quantization", True))
+    return Setting(
+        device=device, stored=Stored(recipe.model.quantization, double, compute), compute=compute,
+        optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
+        in_backward=recipe.train.optimizer_in_backward,
+        head=mode_of(trained, reads=objective.reads, linear=linear),
+    )  # fmt: skip
+
+
+def _recompute(said: Any) -> int:
+    """auto begins without and recomputes only when memory runs out."""
+    if isinstance(said, dict):
+        return int(said.get("every", 1))
+    return int(said is True)
+
+
+def _precision(recipe: Recipe, device: str) -> str:
+    said = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(recipe.model.dtype, "auto")
+    asked = recipe.engine.precision if recipe.engine.precision != "auto" else said
+    return asked if asked != "auto" else "bf16" if device == "cuda" else "fp32"
+
+
+def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course) -> list[str]:
+    """What the prediction rests on, where it is less than measured."""
+    notes = []
+    if not shape.form.known:
+        notes.append(f"{shape.family}: activations are estimated by a form that was measured on other families")
+    if not trained.measured:
+        notes.append("the activations of this method are taken as LoRA's: not measured")
+    if setting.device != "cpu":
+        notes.append("GPU memory is predicted by the formulas that were measured on a CPU: not measured on a GPU")
+    if setting.stored.name != "none":
+        notes.append(f"{setting.stored.name}: one dequantised matrix at a time is counted as workspace")
+    if not course.from_rows:
+        notes.append("rows were not read: full microbatches of rows of one length are assumed")
+    return notes
+
+
+def trained_by(section: dict[str, Any], recipe: Recipe, words: dict[str, Any]) -> Trained:
+    """What another method would train in the same model."""
+    objective: Objective = resolve.build("objectives", recipe.objective)
+    return twin.trained_by(resolve.build("methods", section), config_of(words), objective.reads)
+
+
+def on(planned: Planned, device: str) -> Planned:
+    """The same plan on another kind of device."""
+    objective: Objective = resolve.build("objectives", planned.recipe.objective)
+    return replace(planned, setting=setting_of(planned.recipe, objective, planned.trained, device))

@@ -1,0 +1,91 @@
+"""Bytes of a weight by how it is stored, and of an optimizer's state by its name: the two tables of a plan.
+
+    nf4    4 bits and a scale for each 64 weights: 32 / 64 bits, or doubly quantised 8 / 64 + 32 / (64 * 256) = 0.127
+    int8   8 bits and a float32 scale for each output row          fp8 the same
+    AdamW  two float32 averages, 8 bytes; in 8 bits 2 (1 + 4 / 256), tensors below 4,096 elements and embeddings in 32
+    GaLore both averages in the subspace and the subspace (models/projection.py counts them)
+
+methods.md A3, D5, E1. A scale's padding and the code books of a few kilobytes are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.contracts.errors import RecipeError
+from luthier.planner.trained import Tensor
+
+BLOCK = 64  # weights of NF4 that share a scale
+NESTED = 256  # scales that share one of their own
+SMALL = 4096  # elements below which 8-bit optimizers keep 32 bits
+_EIGHT = 1 + 4 / 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How frozen linear weights lie in memory."""
+
+    name: str  # none, nf4, int8, fp8
+    double: bool = True
+    dense: int = 4  # bytes of a number that no format packs
+
+    def linears(self, elements: int, rows: int) -> int:
+        """Bytes of all linears together."""
+        if self.name == "none":
+            return elements * self.dense
+        if self.name == "nf4":
+            scales = elements / BLOCK
+            return math.ceil(elements / 2 + (scales + 4 * scales / NESTED if self.double else 4 * scales))
+        if self.name in ("int8", "fp8"):
+            return elements + 4 * rows
+        raise RecipeError("no such storage", where="model.quantization", value=self.name,
+                          remedy="use none, nf4, int8 or fp8")  # fmt: skip
+
+    def workspace(self, largest: int, compute: int) -> int:
+        """One matrix in the dtype that computes."""
+        return 0 if self.name == "none" else largest * compute
+
+
+def nf4_bits(*, double: bool) -> float:
+    """Bits of one weight, scales included."""
+    return 4 + (8 / BLOCK + 32 / (BLOCK * NESTED) if double else 32 / BLOCK)
+
+
+def state_bytes(optimizer: str, tensors: Sequence[Tensor]) -> int:
+    """What an optimizer keeps for these tensors from the end of its first step on."""
+    if optimizer not in OPTIMIZERS:
+        raise RecipeError("the plan knows no such optimizer", where="train.optimizer", value=optimizer,
+                          remedy=f"what it knows: {', '.join(OPTIMIZERS)}")  # fmt: skip
+    return math.ceil(sum(OPTIMIZERS[optimizer](tensor) for tensor in tensors))
+
+
+def _adamw(tensor: Tensor) -> float:
+    return 4.0 * tensor.states
+
+
+def _adamw_8bit(tensor: Tensor) -> float:
+    wide = tensor.embedding or tensor.elements < SMALL
+    return _adamw(tensor) if wide else _EIGHT * tensor.states
+
+
+def _lion(tensor: Tensor) -> float:
+    return 4.0 * tensor.elements
+
+
+def _lion_8bit(tensor: Tensor) -> float:
+    return _lion(tensor) if tensor.embedding or tensor.elements < SMALL else _EIGHT * tensor.elements
+
+
+def _adafactor(tensor: Tensor) -> float:
+    if len(tensor.shape) < 2:
+        return 4.0 * tensor.elements
+    rows, columns = tensor.shape[-2], tensor.shape[-1]
+    return 4.0 * tensor.elements / (rows * columns) * (rows + columns)
+
+
+OPTIMIZERS = {
+    "adamw": _adamw, "adamw_8bit": _adamw_8bit, "paged_adamw": _adamw, "paged_adamw_8bit": _adamw_8bit,
+    "lion": _lion, "lion_8bit": _lion_8bit, "adafactor": _adafactor, "sgd": lambda tensor: 0.0,
+}  # fmt: skip

@@ -1,0 +1,269 @@
+"""The verb `plan`: recipe, rows and device in, one dictionary out; and a run's own prediction, kept to be compared.
+
+Rows are read as training reads them, because the microbatches that they make decide the peak; without them full
+microbatches are assumed. Nothing is written but, after a run, one line of the calibration file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.assembly import MICROBATCH_TOKENS, Assembled, encoder_of, prepared_rows, stream_spec
+from luthier.contracts.errors import LuthierError, UsageError
+from luthier.contracts.method import Method
+from luthier.data.stream import Stream
+from luthier.models.load import load_text
+from luthier.planned import Planned, config_words, on, plan_of, trained_by
+from luthier.planner import calibration, fit, layout
+from luthier.planner.load import Course, assumed, course_of
+from luthier.planner.memory import Memory, base_bytes
+from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
+from luthier.recipe import resolve
+from luthier.recipe.recipe import Recipe
+
+_BEYOND = {"cpu": "interpreter and libraries, assumed", "cuda": "context and allocator slack, assumed"}
+LEAST_TO_CALIBRATE = 64 << 20  # predicted bytes below which a process is mostly its libraries
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a plan is wanted. `words`: a configuration in place of the model directory's."""
+
+    fit: str | None = None
+    device: str | None = None
+    devices: bool = False
+    rows: bool = True
+    calibrated: bool = True
+    gpus: int = 1  # above 1: what each would hold, by way of sharing
+    flops: float | None = None  # given in place of a measured or tabled rate
+    words: dict[str, Any] | None = field(default=None, repr=False)
+
+
+def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
+    """The plan as plain data; planner/page.py makes a page of it."""
+    device = _device(recipe, asked)
+    words = config_words(recipe) if asked.words is None else asked.words
+    course, tokenize = _course(recipe, asked, device)
+    planned = plan_of(recipe, course, device.kind, words, tokenize)
+    found = calibration.read(device.kind) if asked.calibrated else None
+    told = {
+        "model": _model(planned), "method": recipe.method["name"], "objective": recipe.objective["name"],
+        "device": device.name, "course": _course_words(course),
+        "memory": _memory(planned.memory, device.kind, found),
+        "time": _time(planned, device, asked.devices), "notes": [*planned.notes, *_said(found)],
+    }  # fmt: skip
+    room = fit.read_bytes(asked.fit) if asked.fit else device.memory
+    if asked.gpus > 1:
+        told["layout"] = _layout(planned, asked.gpus)
+    if room is not None:
+        told["fit"] = _fit(planned, room, words, found)
+    return told
+
+
+def compare(run: Path) -> dict[str, Any]:
+    """A finished run's prediction beside what it measured."""
+    file = run / "report.json"
+    if not file.is_file():
+        raise UsageError("no report: the run has not ended", where=str(run), remedy="see `luthier runs show`")
+    told = json.loads(file.read_text(encoding="utf-8")).get("memory")
+    if told is None:
+        raise UsageError("this run kept no prediction", where=str(file), remedy="plan its resolved.yaml")
+    return dict(told)
+
+
+def predicted(work: Assembled) -> dict[str, Any]:
+    """Of an assembled run, before its first step; a plan that cannot be made says why and stops nothing."""
+    try:
+        train = work.recipe.train
+        steps = train.max_steps or work.stream.total_steps(train.epochs)
+        found = plan_of(work.recipe, course_of(work.stream, steps, work.evaluation), work.device.type, None,
+                        lambda said: work.loaded.tokenizer(said)["input_ids"])  # fmt: skip
+    except Exception as error:  # noqa: BLE001 a prediction must never stop a run
+        why = error.line() if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+        return {"predicted_peak_bytes": None, "why": why}
+    memory = found.memory
+    return {"predicted_peak_bytes": memory.peak, "moment": memory.moment, "terms": memory.terms}
+
+
+def after(told: dict[str, Any], measured: int, device: str) -> dict[str, Any]:
+    """Prediction and measurement for the report; a run large enough to mean something calibrates later plans."""
+    instrument = "largest resident set of the process" if device == "cpu" else "the allocator's peak"
+    guess = told.get("predicted_peak_bytes")
+    found = {**told, **calibration.against(guess, measured, instrument)}
+    if guess and guess >= LEAST_TO_CALIBRATE:
+        try:
+            calibration.add(device, guess, measured)
+            found["calibrates"] = str(calibration.place())
+        except OSError as error:
+            found["calibrates"] = f"not written: {error.strerror}"
+    return {**found, "line": calibration.line(found)}
+
+
+def _device(recipe: Recipe, asked: Asked) -> Device:
+    said = recipe.engine.device
+    cuda = said.startswith("cuda") or (said == "auto" and torch.cuda.is_available())
+    if asked.device is None and cuda:
+        name, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+        like = next((one for key, one in known_devices().items() if key.split("-")[0] in name.lower().split()), None)
+        if like is None and asked.flops is None:
+            raise UsageError("the rate of this GPU is not in the table", value=name, remedy="give --tflops")
+        found = Device(name, "cuda", like.flops if like else 0.0, like.bandwidth if like else 1e12, memory)
+    else:
+        found = device_named(asked.device or "cpu")
+    if asked.flops is None:
+        return found
+    return Device(found.name, found.kind, asked.flops, found.bandwidth, found.memory, measured=False)
+
+
+def _course(recipe: Recipe, asked: Asked, device: Device) -> tuple[Course, Callable[[str], list[int]] | None]:
+    """From the rows; or from what the recipe says about their lengths."""
+    train, method = recipe.train, resolve.build("methods", recipe.method)
+    if not asked.rows or asked.words is not None:
+        row, said = recipe.data.max_tokens, train.microbatch_tokens
+        microbatch = max(MICROBATCH_TOKENS.get(device.kind, 4096), row) if said == "auto" else int(said)
+        tokens = train.tokens_per_step or (train.rows_per_step or 1) * row
+        return assumed(tokens, min(microbatch, max(tokens, row)), row, 1.0, train.max_steps or 0), None
+    text = load_text(recipe.model)
+    prepared = prepared_rows(recipe, encoder_of(recipe, text, []))
+    place, reserved = torch.device(device.kind), _reserved(method, text.tokenizer)
+    stream = Stream(prepared.train, stream_spec(recipe, place, prepared.train, reserved))
+    held_out = prepared.evaluation
+    evaluation = Stream(held_out, stream_spec(recipe, place, held_out, reserved)) if held_out else None
+    steps = train.max_steps or stream.total_steps(train.epochs)
+    return course_of(stream, steps, evaluation), lambda said: text.tokenizer(said)["input_ids"]
+
+
+def _reserved(method: Method, tokenizer: Any) -> int:
+    return method.with_texts(lambda said: tokenizer(said)["input_ids"]).virtual_tokens
+
+
+def _model(planned: Planned) -> dict[str, Any]:
+    shape, trained = planned.shape, planned.trained
+    return {
+        "family": shape.family, "parameters": shape.parameters, "linears": shape.linears,
+        "trainable": trained.elements, "total": trained.elements + trained.frozen,
+    }  # fmt: skip
+
+
+def _course_words(course: Course) -> dict[str, Any]:
+    return {
+        "steps": course.steps or None, "tokens_per_step": round(course.tokens_per_step),
+        "microbatches": course.microbatches, "from_rows": course.from_rows,
+    }  # fmt: skip
+
+
+def _memory(memory: Memory, kind: str, found: calibration.Calibration | None) -> dict[str, Any]:
+    return {
+        "terms": memory.terms, "peak_bytes": memory.peak, "moment": memory.moment, "limiting": memory.limiting,
+        "moments": {name: sum(terms.values()) for name, terms in memory.moments.items()},
+        "needs_bytes": _needs(memory, found), "tokens": memory.load.tokens, "scored": memory.load.scored,
+        "beyond": _BEYOND[kind] if found is None else "what runs here showed",
+    }  # fmt: skip
+
+
+def _needs(memory: Memory, found: calibration.Calibration | None) -> int:
+    if found is None:
+        return memory.needs
+    return memory.peak + found.beyond if found.device == "cpu" else round(memory.peak * found.factor) + memory.beyond
+
+
+def _said(found: calibration.Calibration | None) -> list[str]:
+    if found is None:
+        return []
+    return [found.words()] + [f"{found.unread} lines of the calibration file are unreadable"] * bool(found.unread)
+
+
+def _time(planned: Planned, device: Device, devices: bool) -> dict[str, Any]:
+    told = _time_words(_timed(planned, device), device)
+    if devices:
+        there = on(planned, "cuda")
+        needs = there.memory.needs
+        told["devices"] = {
+            name: {**_time_words(_timed(there, one), one),
+                   "verdict": "fits" if one.memory and needs <= one.memory else "does not fit"}
+            for name, one in known_devices().items()
+        }  # fmt: skip
+    return told
+
+
+def _timed(planned: Planned, device: Device) -> Time:
+    return time_of(planned.shape, planned.trained, planned.setting, planned.course, device)
+
+
+def _time_words(found: Time, device: Device) -> dict[str, Any]:
+    return {
+        "estimate": True, "device": device.name, "tokens_per_second": found.tokens_per_second,
+        "step_seconds": found.step, "steps": found.steps or None, "hours": found.hours if found.steps else None,
+        "limiting": found.limiting,
+        "seconds": found.seconds, "flops": found.flops, "tflops": device.flops / 1e12, "measured": device.measured,
+        "utilisation": UTILISATION[device.kind],
+    }  # fmt: skip
+
+
+def _layout(planned: Planned, gpus: int) -> list[dict[str, Any]]:
+    """States of mixed Adam (bf16 weight and gradient, 12 bytes besides) on each of several GPUs; no activations."""
+    shape, trained, setting = planned.shape, planned.trained, planned.setting
+    base = base_bytes(shape, trained, setting) / shape.parameters
+    return [asdict(one) for one in layout.ways(shape.parameters, trained.elements, gpus, base)]
+
+
+def _fit(planned: Planned, room: int, words: dict[str, Any], found: calibration.Calibration | None) -> dict[str, Any]:
+    """Singles, and the fewest together, by planning again; calibration shifts the room by what it shifts the need."""
+    memory, recipe = planned.memory, planned.recipe
+    shift = _needs(memory, found) - memory.needs
+    over = memory.needs + shift - room
+    if over <= 0:
+        return {"room_bytes": room, "fits": True}
+    longest = min(recipe.data.max_tokens, max(load.tokens for load in planned.course.loads))
+    state = fit.State(planned.shape, planned.trained, planned.setting, planned.course, longest,
+                      _others(planned, words))  # fmt: skip
+    taken = fit.together(state, room - shift, lambda override: _may(recipe, override))
+    needs = (taken[-1].needs if taken else memory.needs) + shift
+    singles = fit.best(state, lambda override: _may(recipe, override)) or fit.best(
+        state, lambda override: _may(recipe, override), last=True
+    )
+    return {
+        "room_bytes": room, "fits": False, "over_bytes": over, "fits_with": bool(taken) and needs <= room,
+        "best": [{"override": one.override, "words": one.words, "saves_bytes": one.saves,
+                  "needs_bytes": one.needs + shift} for one in singles[: fit.BEST]],
+        "together": list(dict.fromkeys(one.override for one in _last_of_each(taken))), "together_needs_bytes": needs,
+    }  # fmt: skip
+
+
+def _last_of_each(taken: list[fit.Proposal]) -> list[fit.Proposal]:
+    """Of a field that was changed twice, the last word."""
+    return list({one.override.partition("=")[0]: one for one in taken}.values())
+
+
+def _others(planned: Planned, words: dict[str, Any]) -> dict[str, Any]:
+    """What other methods and ranks would train."""
+    recipe = planned.recipe
+    if planned.trained.base_trained:
+        return {"method.name=lora": trained_by({"name": "lora"}, recipe, words)}
+    rank = recipe.method.get("r", 16)
+    if not planned.trained.ranks or not isinstance(rank, int):
+        return {}
+    smaller = sorted({max(4, rank // 2), max(4, rank // 4)} - {rank})
+    return {f"method.r={r}": trained_by({**recipe.method, "r": r}, recipe, words) for r in smaller if r < rank}
+
+
+def _may(recipe: Recipe, override: str) -> bool:
+    """Whether a recipe of this version can say it."""
+    path, _, word = override.partition("=")
+    section, _, name = path.partition(".")
+    data = recipe.resolved()
+    value = {"true": True, "false": False}.get(word, int(word) if word.isdigit() else word)
+    data[section] = {"name": value} if path == "method.name" else {**data[section], name: value}
+    if name == "optimizer_in_backward":
+        data[section]["max_grad_norm"] = 0.0
+    try:
+        Recipe(**data)
+    except LuthierError:
+        return False
+    return True
