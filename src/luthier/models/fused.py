@@ -122,13 +122,14 @@ def _as_mlp(module: nn.Module, proven: dict[type[nn.Module], bool]) -> bool:
         return False
     kind = type(module)
     try:
+        dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.float32  # packed: any will do
         probe = torch.linspace(-6.0, 6.0, 64, device=gate.weight.device)
         if not _same(act(probe), functional.silu(probe), torch.float32):
             return False
         if kind not in proven:
-            x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
+            x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=dtype)
             plain = children["down_proj"](swiglu_plain(gate(x), children["up_proj"](x)))
-            proven[kind] = _same(module(x), plain, gate.weight.dtype)
+            proven[kind] = _same(module(x), plain, dtype)
     except Exception:  # noqa: BLE001 not this kind of module
         return False
     return proven[kind]
