@@ -87,11 +87,12 @@ class _Room(threading.local):
     held: Tensor | None = None
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        if self.held is None or self.held.numel() < 4 * count:
+        needed = count * dtype.itemsize
+        if self.held is None or self.held.numel() < needed:
             self.held = None
             with torch.inference_mode(False):
-                self.held = torch.empty(4 * count, dtype=torch.uint8)
-        return self.held[: count * dtype.itemsize].view(dtype)
+                self.held = torch.empty(needed, dtype=torch.uint8)
+        return self.held[:needed].view(dtype)
 
     def give_up(self) -> None:
         self.held = None
