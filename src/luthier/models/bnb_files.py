@@ -135,3 +135,17 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
     }  # fmt: skip
     return {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, **(more if four else {})}
+
+
+def save_packed(model: Any, directory: Path) -> None:
+    """`save_pretrained` of a model with packed linears: bitsandbytes' names in the files, its words in config.json."""
+    dtype = model.get_input_embeddings().weight.dtype
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, Packed)}
+    own = {f"{path}.{name}" for path, module in linears.items() for name in ("weight", *module._buffers)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    for path, module in linears.items():
+        state |= packed_tensors(path, module, dtype)
+    model.save_pretrained(directory, state_dict=state)
+    file = directory / "config.json"
+    said = {**read_json(file), "quantization_config": quantization_config(model, dtype)}
+    file.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -29,9 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import LuthierError, ModelError
-from luthier.models.bnb_files import stored_linears
+from luthier.models.bnb_files import save_packed, stored_linears
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
-from luthier.models.quantise import check_device
+from luthier.models.quantise import check_device, format_of
 from luthier.models.quantised_load import Wanted, forget, quantizer_for, release
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import HEAD, check_family, check_head, is_saved_with_score, settle_padding, start_head
@@ -260,7 +260,10 @@ def save_whole(
     directory = Path(directory)
     with replace_directory(directory) as fresh:
         with native_attention(model), _quiet():
-            model.save_pretrained(fresh)
+            if format_of(model) == "none":
+                model.save_pretrained(fresh)
+            else:
+                save_packed(model, fresh)
         save_tokenizer(tokenizer, template, fresh)
     return directory
 

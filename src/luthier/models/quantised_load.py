@@ -23,7 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.models.quantise import packed, quantisable
-from luthier.models.sites import replace
+from luthier.models.sites import features, replace
 from luthier.models.weights.packed import Packed
 
 _NAME = "luthier"
@@ -95,8 +95,10 @@ class _Awaited(nn.Module):
     def __init__(self, linear: Any) -> None:
         super().__init__()
         self.linear = type(linear)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features(linear)
         self.register_parameter("bias", linear.bias)
+        self.weight = torch.empty(0)  # no parameter: what a family's own initialisation finds, and leaves alone
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class _Pack(ConversionOps):

@@ -74,7 +74,12 @@ class SharedInput:
 def adapted(site: AdaptedLinear) -> Adapted | None:
     """The site as matrices, where base and delta are nothing but these."""
     base, pair = site.base_layer, getattr(site.delta, "pair", None)
-    if not (type(base) is nn.Linear or isinstance(base, Packed)) or pair is None or _hooked(base) or _hooked(site.delta):
+    if (
+        not (type(base) is nn.Linear or isinstance(base, Packed))
+        or pair is None
+        or _hooked(base)
+        or _hooked(site.delta)
+    ):
         return None
     weight, bias = base.weight, base.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -4,6 +4,7 @@
                      fp32 matrix where it is packed
     is_dense(base)   whether it is an ordinary floating point matrix, so that `read` gives the weight itself
     is_packed(base)  whether it is in one of our formats: the numbers that it computes with can be read, not trained
+    numbers_of(m)    how many numbers a model's parameters stand for, packed ones counted as what they stand for
     state_of(base)   equal as long as nobody changed the weight: what a result kept beside it depends on
 
 Most methods only call their base and need none of these. Those that must look (a start from singular vectors, a norm
@@ -43,6 +44,12 @@ def read(base: Any) -> Tensor:
         )
     weight: Tensor = base.weight.detach()
     return weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight
+
+
+def numbers_of(model: nn.Module) -> int:
+    """Parameters, tied ones once; a packed matrix counts as out * in, however few bytes it takes."""
+    stands_for = {id(m.weight): m.in_features * m.out_features for m in model.modules() if is_packed(m)}
+    return sum(stands_for.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def state_of(base: Any) -> tuple[Any, ...]:

@@ -21,7 +21,9 @@ _ROWS_BYTES = 1 << 20  # widened at once
 
 def quantise(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (out, in) int8, absmax (out,) fp32)."""
-    absmax = weight_OD.detach().abs().amax(1).float() if weight_OD.numel() else weight_OD.new_zeros(len(weight_OD)).float()
+    absmax = (
+        weight_OD.detach().abs().amax(1).float() if weight_OD.numel() else weight_OD.new_zeros(len(weight_OD)).float()
+    )
     codes = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
     factors = torch.where(absmax > 0, 127.0 / absmax, 0.0)
     for rows in _pieces(weight_OD.shape):

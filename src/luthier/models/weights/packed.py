@@ -110,7 +110,9 @@ class _Product(torch.autograd.Function):
         ctx.module, ctx.compute, ctx.like = module, compute, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(kind, enabled=False):
-            y = functional.linear(x.to(compute), module.lent(compute))  # no view of another tensor: deltas write into it
+            y = functional.linear(
+                x.to(compute), module.lent(compute)
+            )  # no view of another tensor: deltas write into it
             return y if bias is None else y.add_(bias.to(compute))
 
     @staticmethod
