@@ -89,7 +89,8 @@ def save_adapter(
     }  # fmt: skip
     side = {
         "format": _FORMAT, "method": type(method).__module__.rpartition(".")[2], "fields": own,
-        "base": {"path": base_path, "fingerprint": base_fingerprint, **stored}, "added_tokens": dict(added_tokens or {}),
+        "base": {"path": base_path, "fingerprint": base_fingerprint, **stored},
+        "added_tokens": dict(added_tokens or {}),
     }  # fmt: skip
     tensors = {**method.tensors(model), **_cpu(token_rows.row_tensors(model))}
     with replace_directory(directory) as fresh:

@@ -40,6 +40,7 @@ def command(adapter: str, out: str, base: str | None, into: str | None, as_json:
         dense = report["difference_into_dense"]
         click.echo(
             f"the adapter was trained on a base in {report['stored']}; against that, merged into the dense base "
-            f"{'(there is none)' if dense is None else format(dense, '.2e')}, into the quantised base {report['difference_into_quantised']:.2e}; "
+            f"{'(there is none)' if dense is None else format(dense, '.2e')}, into the quantised base "
+            f"{report['difference_into_quantised']:.2e}; "
             f"written: {report['into']}"
         )

@@ -144,7 +144,8 @@ class LoRAXS(Method):
         if self.factors == "svd" and not is_dense(linear):
             raise RecipeError(
                 f"{path} is stored as {type(linear).__name__}, and the start needs the singular vectors of the weight "
-                "before it was rounded", where="model.quantization", value=path, remedy="set model.quantization: none, or use method: lora",
+                "before it was rounded", where="model.quantization", value=path,
+                remedy="set model.quantization: none, or use method: lora",
             )  # fmt: skip
         if self.factors == "file":
             a_RD, b_OR = (torch.zeros(shape, device=weight.device) for shape in ((self.r, inputs), (outputs, self.r)))

@@ -44,8 +44,8 @@ def stored_linears(directory: Path) -> Wanted | None:
     if not isinstance(said, dict) or said.get("quant_method") not in ("bitsandbytes", None):
         method = said.get("quant_method") if isinstance(said, dict) else said
         raise ModelError(f"a checkpoint quantised by {method} is not read here", where=where, value=method,
-                         remedy="pass the unquantised model with model.quantization: nf4, or a bitsandbytes nf4 or int8 "
-                         "checkpoint")  # fmt: skip
+                         remedy="pass the unquantised model with model.quantization: nf4, or one in "
+                         "bitsandbytes' nf4 or int8")  # fmt: skip
     places = {name: file for file in weight_files(directory) for name in json.loads(tensor_header(file))}
     if other := sorted(name for name in places if any(name.endswith(ending) for ending in _OTHERS)):
         raise ModelError("a checkpoint in fp4 is not read here", where=where, value=other[0],

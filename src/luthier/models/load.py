@@ -125,8 +125,10 @@ def _wanted(section: ModelSection, directory: Path) -> Wanted | None:
         asked = section.quantization
         return None if asked == "none" else Wanted(asked, section.double_quantization)
     if section.quantization not in ("none", found.format):
-        raise ModelError(f"the files are in {found.format} already", where="model.quantization",
-                         value=section.quantization, remedy=f"use none or {found.format}, or the dense model")  # fmt: skip
+        raise ModelError(
+            f"the files are in {found.format} already", where="model.quantization", value=section.quantization,
+            remedy=f"use none or {found.format}, or the dense model",
+        )  # fmt: skip
     return found
 
 

@@ -5,8 +5,8 @@
     format_of(model)         nf4, int8, fp8 or none
 
 Stay as they are: the head and embeddings (tied ones too), norms, a score head, and linears whose weight the model reads
-without calling them. Experts that are kept as one 3-D tensor are refused by name: a model whose larger part stayed dense
-would not be what was asked for. Left out: choosing a format for each layer.
+without calling them. Experts that are kept as one 3-D tensor are refused by name: a model whose larger part stayed
+dense would not be what was asked for. Left out: choosing a format for each layer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
     share, names = shapes.beyond_linears()
     if stacked := [name for name, _ in shapes.uncovered if "expert" in name and model.get_parameter(name).ndim == 3]:
         raise ModelError(
-            f"{share:.0%} of this model's layers are experts in one 3-D tensor each, which no storage format here packs",
+            f"{share:.0%} of this model's layers are experts in one 3-D tensor each, which no format here packs",
             where=_WHERE, value=stacked[0], remedy=f"set model.quantization: none ({', '.join(names)} stay dense)",
         )  # fmt: skip
     return {linear.path: model.get_submodule(linear.path) for linear in shapes.linears}

@@ -1,4 +1,4 @@
-"""int8: eight bits a weight, one scale for each row (LLM.int8's storage, arXiv:2208.07339), as pure functions and a linear.
+"""int8: eight bits a weight, a scale for each row (storage of LLM.int8, arXiv:2208.07339): pure functions, a linear.
 
     absmax_o = max |w| over row o        code = round(w * 127 / absmax_o), -127..127        w' = code * absmax_o / 127
 

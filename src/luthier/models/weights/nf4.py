@@ -1,17 +1,17 @@
-"""NF4: four bits a weight, in blocks of 64 with one scale each (QLoRA, arXiv:2305.14314), as pure functions and a linear.
+"""NF4: four bits a weight, blocks of 64 with one scale each (QLoRA, arXiv:2305.14314): pure functions, and a linear.
 
     absmax_b = max |w| over block b                       one fp32 for every `block` weights, in row-major order
     code     = nearest of 16 fixed values to w / absmax_b (a tie takes the lower)
     w'       = CODE[code] * absmax_b
 
-    double   offset = mean of absmax;  absmax - offset in the signed 8-bit dynamic map, blocks of 256 with an fp32 scale:
+    double   offset = mean of absmax;  absmax - offset in the signed 8-bit dynamic map, an fp32 scale for each 256:
              8 / 64 + 32 / (64 * 256) = 0.127 bits a weight for the scales in place of 0.5
 
 The table is the published one, to the last bit, and is never computed here: 8 values above zero, 7 below, and an
-exact zero (quantiles of a normal distribution by half sums, scaled to [-1, 1]). Two codes lie in one byte, the first in
-the high half. The last block may be short; a block of zeros keeps its zeros. Codes, scales and their second quantisation
-are bitsandbytes'. A byte is unpacked by one look into a table of 256 pairs of values, a piece at a time so that it
-stays in the cache; scales are multiplied in fp32. Left out: FP4, whose codes no method here asks for.
+exact zero (quantiles of a normal distribution by half sums, scaled to [-1, 1]). Two codes lie in one byte, the first
+in the high half. The last block may be short; a block of zeros keeps its zeros. Codes, scales and their second
+quantisation are bitsandbytes'. A byte is unpacked by one look into a table of 256 pairs of values, a piece at a time
+so that it stays in the cache; scales are multiplied in fp32. Left out: FP4, whose codes no method here asks for.
 """
 
 from __future__ import annotations
