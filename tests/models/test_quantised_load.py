@@ -132,12 +132,15 @@ def test_a_checkpoint_of_bitsandbytes_loads_as_it_is(tmp_path: Path) -> None:
 
 
 def differ_away_from_a_boundary(weight: torch.Tensor, mine: Any, theirs: torch.Tensor) -> list[int]:
-    """Scales whose codes differ though they are not within a unit in the last place of where two codes part."""
+    """Scales whose codes differ though they are not just where two codes part.
+
+    bitsandbytes' CPU kernel looks the code up in steps of 2^-16; its other kernels, and ours, take the nearest.
+    """
     absmax = nf4.quantise(weight).absmax
     scaled = (absmax - absmax.mean()) / mine.nested_absmax.repeat_interleave(dynamic_map.BLOCK)[: len(absmax)]
     values = dynamic_map.create_dynamic_map()
     nearest = (scaled[:, None] - (values[:-1] + values[1:]) / 2).abs().amin(1)
-    return ((mine.absmax != theirs) & (nearest > 2.0**-23)).nonzero().flatten().tolist()
+    return ((mine.absmax != theirs) & (nearest > 2.0**-16)).nonzero().flatten().tolist()
 
 
 def test_qlora_is_pefts_on_bitsandbytes(tmp_path: Path) -> None:

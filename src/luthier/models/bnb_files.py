@@ -53,7 +53,7 @@ def stored_linears(directory: Path) -> Wanted | None:
     four = [name.removesuffix(f".weight.{_STATE}") for name in places if name.endswith(f".weight.{_STATE}")]
     eight = [name.removesuffix(".SCB") for name in places if name.endswith(".SCB")]
     if bool(four) == bool(eight):
-        raise ModelError("the files hold no packed linears of one kind", where=where, remedy="was it saved whole?")
+        raise ModelError("the files hold no quantised linears of one kind", where=where, remedy="was it saved whole?")
     read, kind = (_read_nf4, "nf4") if four else (_read_int8, "int8")
     return Wanted(kind, stored={path: partial(read, path, places) for path in sorted(four or eight)})
 

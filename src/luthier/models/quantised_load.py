@@ -121,8 +121,8 @@ class _Pack(ConversionOps):
             made = packed(linear, wanted.format, double=wanted.double)
             linear.weight = None
             for tensor in (*made.parameters(), *made.buffers()):
-                tensor._is_hf_initialized = True
-            made._is_hf_initialized = True  # type: ignore[assignment]
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            made._is_hf_initialized = True
             replace(model, path, made)
             if missing_keys is not None:
                 missing_keys.discard(name)
