@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from bench.allocated import Allocated
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.contracts.errors import ModelError
 from luthier.methods.lora import LoRA
@@ -72,25 +72,6 @@ def test_bf16_is_rounded_first(tmp_path: Path) -> None:
     assert loaded.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes in tensors that were made by torch within it: every storage once, until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[Any, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (list, tuple)) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                self.live.setdefault(storage._cdata, (storage._weak_ref(), storage.nbytes()))
-        self.live = {key: kept for key, kept in self.live.items() if not torch.UntypedStorage._expired(kept[0])}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return made
-
-
 def test_dense_and_packed_are_never_there_together(tmp_path: Path) -> None:
     """The peak of a load: the packed model, its largest matrix twice (read and in the computing dtype), a few MB."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 300}
@@ -98,13 +79,13 @@ def test_dense_and_packed_are_never_there_together(tmp_path: Path) -> None:
     dense = sum(
         tensor.numel() * tensor.element_size() for tensor in load_file(directory / "model.safetensors").values()
     )
-    with Peak() as peak:
+    with Allocated() as seen:
         model = load(directory).model
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     largest = 4 * 512 * 1024
     assert stored < dense / 5
-    assert peak.peak < stored + 2 * largest + 16 * 2**20
-    assert peak.peak < 0.6 * dense
+    assert seen.peak < stored + 2 * largest + 16 * 2**20
+    assert seen.peak < 0.6 * dense
 
 
 def test_a_checkpoint_of_bitsandbytes_loads_as_it_is(tmp_path: Path) -> None:
