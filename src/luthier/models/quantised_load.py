@@ -120,9 +120,8 @@ class _Pack(ConversionOps):
             linear.weight = nn.Parameter(weight, requires_grad=False)
             made = packed(linear, wanted.format, double=wanted.double)
             linear.weight = None
-            for tensor in (*made.parameters(), *made.buffers()):
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-            made._is_hf_initialized = True
+            for part in (made, *made.parameters(), *made.buffers()):
+                part._is_hf_initialized = True  # type: ignore[union-attr, assignment]
             replace(model, path, made)
             if missing_keys is not None:
                 missing_keys.discard(name)
