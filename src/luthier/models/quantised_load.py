@@ -121,7 +121,7 @@ class _Pack(ConversionOps):
             made = packed(linear, wanted.format, double=wanted.double)
             linear.weight = None
             for part in (made, *made.parameters(), *made.buffers()):
-                part._is_hf_initialized = True  # type: ignore[union-attr, assignment]
+                part._is_hf_initialized = True  # type: ignore[attr-defined]
             replace(model, path, made)
             if missing_keys is not None:
                 missing_keys.discard(name)
