@@ -15,6 +15,7 @@ from luthier.contracts.errors import ModelError
 from luthier.methods.lora import LoRA
 from luthier.models import weights
 from luthier.models.adapted_linears import Adapted, adapted_linears, adapted_linears_plain
+from luthier.models.fused import Fused
 from luthier.models.quantise import FORMATS, check_device, dense, densify, format_of, packed, quantisable, quantise
 from luthier.models.weights import dynamic_map, int8, nf4
 from luthier.models.weights.nf4 import NF4Linear
@@ -175,6 +176,11 @@ def test_the_body_is_packed_and_the_rest_stays(family: str) -> None:
     assert weights.numbers_of(model) == sum(p.numel() for p in original.parameters())
     assert list(densify(model).state_dict()) == list(original.state_dict())
     assert format_of(model) == "none"
+
+
+def test_fused_operations_take_packed_linears() -> None:
+    """Otherwise a packed base would keep more for the backward than a dense one."""
+    assert Fused(quantise(tiny("llama"), "nf4")).modules == Fused(tiny("llama")).modules > 0
 
 
 def test_experts_in_one_tensor_are_refused_by_name() -> None:
