@@ -115,7 +115,7 @@ def test_a_checkpoint_of_bitsandbytes_loads_as_it_is(tmp_path: Path) -> None:
 def differ_away_from_a_boundary(weight: torch.Tensor, mine: Any, theirs: torch.Tensor) -> list[int]:
     """Scales whose codes differ though they are not just where two codes part.
 
-    bitsandbytes' CPU kernel looks the code up in steps of 2^-16; its other kernels, and ours, take the nearest.
+    bitsandbytes' CPU kernel was measured to take the neighbour within 2^-16 of the middle; ours takes the nearest.
     """
     absmax = nf4.quantise(weight).absmax
     scaled = (absmax - absmax.mean()) / mine.nested_absmax.repeat_interleave(dynamic_map.BLOCK)[: len(absmax)]

@@ -6,8 +6,9 @@
 
 Blockwise: absmax_b = max |x| over 256 numbers, the code is the nearest of the map to x / absmax_b (the reciprocal is
 taken once a block, as bitsandbytes does). The map is bitsandbytes' `create_dynamic_map` to the bit: its middles are
-made in fp32 there and here. (Its CPU kernel finds codes in steps of 2^-16, so that one in 700 is the neighbour.) It
-holds the scales of NF4's second quantisation. Left out: other widths than eight bits.
+made in fp32 there and here. (Its CPU kernel took the neighbouring code for one number in 700 of a normal
+distribution, all of them within 2^-16 of the middle between two codes.) It holds the
+scales of NF4's second quantisation. Left out: other widths than eight bits.
 """
 
 from __future__ import annotations
