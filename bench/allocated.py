@@ -28,7 +28,7 @@ class Allocated(TorchDispatchMode):
         before = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         found = func(*args, **kwargs)
         for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor) and _key(tensor) not in before:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and _key(tensor) not in before:
                 self._take(tensor.untyped_storage())
         return found
 

@@ -35,6 +35,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 8_000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 704,
     },
+    "qwen05b": {  # Qwen2-0.5B, as a llama with an untied head
+        "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "intermediate_size": 4_864,
+    },
     "8b": {  # Llama-3.1-8B
         "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14_336,

@@ -69,8 +69,21 @@ class Opened:
         return Chat([*opening, {"role": "user", "content": prompt}], source)
 
 
-def open_target(target: str | Path, *, base: str | None = None, data: dict[str, Any] | None = None) -> Opened:
-    """Open a run, an adapter or a model directory on this machine's device. ModelError where it is none."""
+def storage_of(target: str | Path) -> str:
+    """The storage format that an adapter's base was trained in; none for a dense base and for a whole model."""
+    directory = _result_of(Path(target)) if _recipe_of(Path(target)) else Path(target)
+    if not (directory / CONFIG).exists():
+        return "none"
+    return str(read_adapter(directory).base_storage.get("quantization", "none"))
+
+
+def open_target(
+    target: str | Path, *, base: str | None = None, data: dict[str, Any] | None = None, dense: bool = False
+) -> Opened:
+    """Open a run, an adapter or a model directory on this machine's device. ModelError where it is none.
+
+    The base of an adapter is stored as it was in training, or with `dense` as its files are.
+    """
     path = Path(target)
     recipe = _recipe_of(path)
     directory = _result_of(path) if recipe else path
@@ -82,7 +95,8 @@ def open_target(target: str | Path, *, base: str | None = None, data: dict[str, 
         found = base or adapter.base_path or said.get("path")
         if not found:
             raise ModelError("the adapter does not name its base", where=str(directory), remedy="pass --base MODEL")
-        section = ModelSection(path=str(found), add_tokens=tuple(adapter.side.get("added_tokens", ())))
+        section = ModelSection(path=str(found), add_tokens=tuple(adapter.side.get("added_tokens", ())),
+                               **({} if dense else adapter.base_storage))  # fmt: skip
     device = resolve_device("auto")
     try:
         reads = adapter.reads if adapter is not None else "saved"

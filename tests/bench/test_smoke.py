@@ -124,3 +124,10 @@ def test_every_method_has_a_row(tmp_path: Path, shared_data: Any) -> None:
     lora, full = task["cells"]
     assert lora["trainable"] < full["trainable"] and lora["merge"] < 1e-3 and full["merge"] == "a whole model"
     assert all(cell["held_out_loss"] < task["base_loss"] for cell in task["cells"])
+
+
+def test_formats_side_by_side(tmp_path: Path) -> None:
+    told = run("formats", tmp_path)["formats"]["formats"]
+    assert told.keys() == {"fp32", "nf4", "nf4, scales in fp32", "int8"}
+    assert told["nf4"]["weights"] < told["int8"]["weights"] < told["fp32"]["weights"]
+    assert all(abs(one["losses"][0] - told["fp32"]["losses"][0]) < 0.1 for one in told.values())

@@ -1,6 +1,12 @@
-"""Writes tests/golden/bitsandbytes/nf4.safetensors: what bitsandbytes makes of two random matrices, on a CPU.
+"""Writes tests/golden/bitsandbytes/*.safetensors: what bitsandbytes, and PEFT on top of it, make of numbers on a CPU.
 
-In an environment that has bitsandbytes, torch and safetensors: python tests/golden/make_bitsandbytes.py
+    nf4      matrices: codes, scales, what they give back; the second quantisation of the scales; the dynamic maps
+    int8     a matrix, row by row
+    qlora    a small llama with PEFT's LoRA on bitsandbytes' Linear4bit: logits, and the gradients of the adapter
+    model/   that llama as transformers and bitsandbytes save it
+
+In an environment that has bitsandbytes, peft, transformers and safetensors, with this repository's `tests` on the path:
+PYTHONPATH=tests python tests/golden/make_bitsandbytes.py
 """
 
 from __future__ import annotations
@@ -9,23 +15,73 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-SHAPES = {"small": (48, 64), "odd": (9, 37)}
+from tiny import tiny
+
+SHAPES = {"small": (48, 64), "odd": (9, 37), "wide": (96, 192)}
+HERE = Path(__file__).parent / "bitsandbytes"
+SIZES = {"intermediate_size": 128, "num_hidden_layers": 1}  # bitsandbytes' CPU path wants rows of whole blocks
 
 
-def main() -> None:
-    tensors = {}
+def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
+    HERE.mkdir(exist_ok=True)
+    made = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    save_file(made, HERE / f"{name}.safetensors", metadata={"bitsandbytes": bitsandbytes.__version__})
+
+
+def matrices() -> None:
+    tensors = {"map.signed": create_dynamic_map(signed=True), "map.unsigned": create_dynamic_map(signed=False)}
     for seed, (name, shape) in enumerate(SHAPES.items()):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
         made = {"weight": weight, "codes": codes, "absmax": state.absmax, "back": dequantize_4bit(codes, state)}
-        tensors |= {f"{name}.{key}": value.contiguous() for key, value in made.items()}
-    target = Path(__file__).parent / "bitsandbytes/nf4.safetensors"
-    target.parent.mkdir(exist_ok=True)
-    save_file(tensors, target, metadata={"bitsandbytes": bitsandbytes.__version__})
+        codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        made |= {
+            "double.codes": codes, "double.absmax": state.absmax, "double.nested": state.state2.absmax,
+            "double.offset": state.offset.view(1), "double.back": dequantize_4bit(codes, state),
+        }  # fmt: skip
+        tensors |= {f"{name}.{key}": value for key, value in made.items()}
+    write("nf4", tensors)
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(7))
+    codes, absmax, _ = int8_vectorwise_quant(weight.clone())
+    write("int8", {"weight": weight, "codes": codes, "absmax": absmax})
+
+
+def qlora() -> None:
+    model = tiny("llama", **SIZES)
+    plain = HERE / "plain"
+    model.save_pretrained(plain)
+    asked = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
+    for file in plain.iterdir():
+        file.unlink()
+    plain.rmdir()
+    model.save_pretrained(HERE / "model")
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            tensors[f"adapter.{name.replace('.default', '')}"] = parameter.data
+    tokens = torch.randint(0, 300, (2, 11), generator=torch.Generator().manual_seed(3))
+    adapted.train()
+    scores = adapted(input_ids=tokens).logits
+    functional.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for name, parameter in adapted.named_parameters():
+        if parameter.grad is not None:
+            tensors[f"gradient.{name.replace('.default', '')}"] = parameter.grad
+    write("qlora", {**tensors, "tokens": tokens, "logits": scores})
 
 
 if __name__ == "__main__":
-    main()
+    matrices()
+    qlora()

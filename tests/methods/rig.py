@@ -19,6 +19,7 @@ from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
 from luthier.engine.optimizer import build_optimizer
+from luthier.models.quantise import quantise
 from luthier.recipe import resolve
 from tiny import VOCABULARY, tiny
 
@@ -26,7 +27,8 @@ STORIES = Path(os.environ.get("LUTHIER_TEST_DATA", Path(__file__).resolve().pare
 STORIES = STORIES / "models/stories260K-chatml"
 NAMES = resolve.names("methods")
 Made = tuple[Method, nn.Module, str]
-FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories")  # the last: small, but really trained
+QUANTISED = ("llama-nf4", "llama-int8")  # the same llama in a storage format
+FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories", *QUANTISED)  # stories: small, but really trained
 TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
@@ -36,6 +38,8 @@ def _made(family: str, tied: bool) -> nn.Module:
         if not STORIES.is_dir():
             pytest.skip(f"no {STORIES}")
         return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    if family in QUANTISED:
+        return quantise(tiny("llama"), family.removeprefix("llama-"))
     changes = {"tie_word_embeddings": True} if tied and family != "gpt2" else {}
     return tiny(family, **changes)
 

@@ -248,13 +248,13 @@ def test_what_a_start_cannot(init: str) -> None:
             LoRA(init_lora_weights=init, **fields).attach(model)
         assert caught.value.remedy
         assert not sites(model)
-    packed = base("llama")
-    for parameter in packed.parameters():
-        parameter.requires_grad_(False)
-    layer = packed.model.layers[0].self_attn.q_proj
-    layer.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(RecipeError, match="full weight"):
+    packed = base("llama-nf4")
+    if init == "orthogonal":  # it looks at no weight
         LoRA(init_lora_weights=init, r=4).attach(packed)
+        return
+    with pytest.raises(RecipeError, match="before it was rounded") as caught:
+        LoRA(init_lora_weights=init, r=4).attach(packed)
+    assert "model.quantization: none" in str(caught.value.remedy)
 
 
 def test_orthogonal_wants_an_even_rank() -> None:

@@ -171,11 +171,20 @@ def test_a_rank_above_the_matrix_is_refused() -> None:
 
 
 def test_a_weight_that_cannot_be_read_is_refused() -> None:
-    model = base("llama")
-    linear = model.model.layers[1].self_attn.q_proj
-    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(RecipeError, match="must be read"):
+    model = base("llama-nf4")
+    with pytest.raises(RecipeError, match="before it was rounded"):
         LoRAXS(r=4).attach(model)
+    assert not sites(model)
+
+
+def test_factors_of_a_file_go_on_a_packed_base() -> None:
+    """Its own tensors hold all that the weight would have been asked for."""
+    dense, model = base("llama"), base("llama-nf4")
+    method = LoRAXS(r=4, factors="file")
+    LoRAXS(r=4, init_std=0.1).attach(dense)
+    method.attach(model)
+    method.load(model, method.tensors(dense))
+    assert not torch.equal(logits(model), logits(base("llama-nf4")))
 
 
 def test_trained_numbers_of_llama_7b() -> None:

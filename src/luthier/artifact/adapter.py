@@ -28,6 +28,7 @@ from luthier.artifact.tensor_file import read_tensors
 from luthier.contracts.errors import LuthierError, ModelError, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names, token_rows
+from luthier.models.quantise import format_of, is_double
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import PEFT_HEADS, SCORES, score_head
 from luthier.models.sites import detach, locate
@@ -50,6 +51,12 @@ class AdapterFile:
     @property
     def base_path(self) -> str | None:
         return self.side.get("base", {}).get("path") or self.config.get("base_model_name_or_path")
+
+    @property
+    def base_storage(self) -> dict[str, Any]:
+        """The fields of `model` for the format that the base was in, where it was in one."""
+        names = ("quantization", "double_quantization")
+        return {name: self.side["base"][name] for name in names if name in self.side.get("base", {})}
 
     @property
     def reads(self) -> str:
@@ -77,9 +84,13 @@ def save_adapter(
         **({} if trained_rows is None else {token_rows.CONFIG_KEY: trained_rows}),
     }  # fmt: skip
     own = {name: value for name, value in _plain(asdict(method)).items() if name not in config}  # type: ignore[call-overload]
+    stored = {} if (kind := format_of(model)) == "none" else {
+        "quantization": kind, "double_quantization": is_double(model),
+    }  # fmt: skip
     side = {
         "format": _FORMAT, "method": type(method).__module__.rpartition(".")[2], "fields": own,
-        "base": {"path": base_path, "fingerprint": base_fingerprint}, "added_tokens": dict(added_tokens or {}),
+        "base": {"path": base_path, "fingerprint": base_fingerprint, **stored},
+        "added_tokens": dict(added_tokens or {}),
     }  # fmt: skip
     tensors = {**method.tensors(model), **_cpu(token_rows.row_tensors(model))}
     with replace_directory(directory) as fresh:
@@ -239,7 +250,9 @@ def _check_side(side: Mapping[str, Any], where: str) -> None:
     good = isinstance(side.get("method", ""), str) and isinstance(side.get("fields", {}), dict)
     added = side.get("added_tokens", {})
     good = good and isinstance(added, dict) and all(isinstance(i, int) for i in added.values())
-    good = good and isinstance(base, dict) and all(isinstance(value, (str, type(None))) for value in base.values())
+    good = (
+        good and isinstance(base, dict) and all(isinstance(value, (str, bool, type(None))) for value in base.values())
+    )
     if not good:
         raise ModelError("not a side file of ours", where=where, remedy="delete it to load as a plain PEFT adapter")
     if side and side.get("format") != _FORMAT:

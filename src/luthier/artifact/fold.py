@@ -4,7 +4,11 @@ On probe rows, the largest |difference of logits| between adapter on and merged,
 greedy token is the same. In fp32 both are rounding; in bf16 the merged weights are rounded once more, and small
 updates can be lost in that: the numbers say how much. A difference above the tolerance (relative to the largest
 logit; by dtype) is refused before anything is written. Of a reward model, the score at every token stands for the
-logits. Left out: quantised bases (merge into the full-precision one), requantising.
+logits. Of an adapter trained on a packed base there are two merges, neither exact: `fold_packed` makes both measurable
+against the adapted model itself. Left out: a choice between the two.
+
+    dense      into the base as its files are: the adapter learnt to live with a rounding that is gone
+    quantised  unpacked, changed, packed again: the change is rounded with the weight
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
+from luthier.models.quantise import densify, format_of, is_double, quantise
 from luthier.models.score_head import every_output
 from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
@@ -61,6 +66,35 @@ def fold(
             remedy="merge in float32 (model.dtype), or give a larger tolerance on purpose",
         )
     return report
+
+
+class PackedFold:
+    """Both merges of an adapter on a packed base, on the same probe rows.
+
+    Made with the adapted model; then `requantise` turns that model into the merged, packed one, and `dense` compares a
+    model that was merged elsewhere. Neither difference is refused: both are part of what the format costs.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, probe: Sequence[Sequence[int]] = ()) -> None:
+        if not method.mergeable:
+            method.merge(model)  # says why not
+        self.method, self.model = method, model
+        self.rows = [list(row) for row in probe if row] or _random_rows(model)
+        with _evaluating(model):
+            self.before = _logits(model, self.rows)
+
+    def requantise(self) -> FoldReport:
+        """W' unpacked to fp32, the change added, and packed again, in place."""
+        name, double = format_of(self.model), is_double(self.model)
+        densify(self.model, torch.float32)
+        self.method.merge(self.model)
+        merge_rows(self.model)
+        return self.against(quantise(self.model, name, double=double), name)
+
+    def against(self, merged: nn.Module, stored: str) -> FoldReport:
+        """How far a merged model is from the adapted one."""
+        with _evaluating(merged):
+            return _compare(self.before, _logits(merged, self.rows), float("inf"), stored)
 
 
 def _random_rows(model: nn.Module) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """`luthier merge ADAPTER --out DIR`: fold an adapter into its base, and say how far the two are apart.
 
-The fold is measured on logits before it is called done; a method that cannot fold refuses with exit 2.
+The fold is measured on logits before it is called done; a method that cannot fold refuses with exit 2. An adapter that
+was trained on a quantised base has two merges: `--into` says which, and both are measured.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import click
 @click.argument("adapter", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Directory of the merged model; must not exist yet.")
 @click.option("--base", type=click.Path(), help="Base model, where the adapter's own reference is not at hand.")
+@click.option(
+    "--into",
+    type=click.Choice(["dense", "quantised"]),
+    help="Of a base that was quantised in training: dense takes it as its files are, quantised in its format.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
-def command(adapter: str, out: str, base: str | None, as_json: bool) -> None:
+def command(adapter: str, out: str, base: str | None, into: str | None, as_json: bool) -> None:
     """Fold ADAPTER (an adapter or run directory) into its base; prints the measured difference of logits."""
     from luthier import run
 
-    report: dict[str, Any] = run.merge(adapter, out, base=base)
+    report: dict[str, Any] = run.merge(adapter, out, base=base, into=into)
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -30,3 +36,11 @@ def command(adapter: str, out: str, base: str | None, as_json: bool) -> None:
         f"largest difference of {report['of']}, adapter against merged: {report['max_logit_difference']:.2e} "
         f"over {report['tokens']} tokens{greedy}"
     )
+    if "into" in report:
+        dense = report["difference_into_dense"]
+        click.echo(
+            f"the adapter was trained on a base in {report['stored']}; against that, merged into the dense base "
+            f"{'(there is none)' if dense is None else format(dense, '.2e')}, into the quantised base "
+            f"{report['difference_into_quantised']:.2e}; "
+            f"written: {report['into']}"
+        )

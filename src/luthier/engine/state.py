@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import CheckpointError
 from luthier.contracts.method import trains
+from luthier.models.weights import is_packed
 
 
 @dataclass
@@ -49,10 +50,13 @@ class TrainState:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint carries of the model: trainable parameters and persistent buffers, by their names.
 
+    The scales of packed weights are part of the base, which no checkpoint carries.
+
     `named_parameters` names a tied tensor once, so tied weights stay one object through save and load.
     """
     tensors = {name: p.detach() for name, p in model.named_parameters() if trains(p)}
-    kept = set(model.state_dict(keep_vars=True))
+    scales = {f"{path}.{name}" for path, base in model.named_modules() if is_packed(base) for name in base._buffers}
+    kept = set(model.state_dict(keep_vars=True)) - scales
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 

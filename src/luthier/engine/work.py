@@ -32,6 +32,7 @@ from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
 from luthier.engine.strategy.choice import strategy_of
 from luthier.engine.task import Outcome, Run
+from luthier.models.weights import numbers_of
 
 _SAVES_PER_RUN = 10
 _ROWS = "lower train.learning_rate, or look at the rows named by the journal's skip events"
@@ -107,7 +108,7 @@ class Work:
         return RunStarted(
             steps=self.steps, epochs=stream.epoch_at(self.steps),
             trainable=sum(p.numel() for p in parameters if trains(p)),
-            parameters=sum(p.numel() for p in parameters), rows=len(stream.samples),
+            parameters=numbers_of(self.model), rows=len(stream.samples),
             tokens_per_epoch=stream.tokens_per_epoch, step=self.state.step,
         )  # fmt: skip
 

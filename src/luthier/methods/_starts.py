@@ -61,10 +61,10 @@ def check_start(path: str, base: nn.Module, rank: int, init: bool | str) -> None
             f"{path} is an embedding, and this start is for linear layers", where=_WHERE, value=init,
             remedy="leave the embedding out of method.target_modules, or use init_lora_weights: true",
         )  # fmt: skip
-    if not weights.is_dense(base):
+    if init != "orthogonal" and not weights.is_dense(base):
         raise RecipeError(
-            f"{path} is stored as {type(base).__name__}, and this start needs the full weight", where=_WHERE,
-            value=init, remedy="load the base unquantised, or use init_lora_weights: true",
+            f"{path} is stored as {type(base).__name__}, and this start needs the weight before it was rounded",
+            where=_WHERE, value=init, remedy="set model.quantization: none, or use init_lora_weights: true or eva",
         )  # fmt: skip
     if init == "orthogonal" and rank % 2:
         raise RecipeError(f"an orthogonal start needs an even rank, and {path} has {rank}", where=_WHERE, value=init,

@@ -45,6 +45,7 @@ from luthier.models.sites import (
 )
 from luthier.models.sparse_difference import INDEX, VALUE, SparseDifference
 from luthier.models.targets import ALL_LINEAR, Targets, check_targets, find_saved, find_targets, shortest_names
+from luthier.models.weights import is_packed
 
 
 def _doc(default: Any, doc: str) -> Any:
@@ -113,6 +114,12 @@ class DiffPruning(Method):
             if isinstance(base, nn.Embedding):
                 raise RecipeError(f"{path} is an embedding, not a linear layer", where="method.target_modules",
                                   value=path, remedy="leave it out")  # fmt: skip
+            if is_packed(base):
+                raise RecipeError(
+                    f"{path} is stored in {base.format}, and a difference has a number for every weight: it would take "
+                    "many times what the format saves", where="model.quantization", value=base.format,
+                    remedy="set model.quantization: none, or use method: lora",
+                )  # fmt: skip
             if others := tied_to(model, path):
                 raise RecipeError(
                     f"{path} shares its weight with {', '.join(others)}: a difference on one would silently untie them",

@@ -49,8 +49,8 @@ class Magnitude(LowRank):
 
     def norms(self, base: nn.Module) -> Tensor:
         """||W + s B A|| of each row, as a constant."""
-        weight_OD = weights.read(base)
-        key = weights.fingerprint(weight_OD)
+        key = weights.state_of(base)
+        weight_OD = weights.read(base)  # of a packed base: unpacked for this
         if self._squares is None or self._squares[0] != key:
             self._squares = (key, row_squares(weight_OD))
         pair = [t for t in (self.lora_A, self.lora_B, self.start_A, self.minus_start_B) if t is not None]
@@ -125,7 +125,7 @@ class DoRA(LoRA):
                               remedy="leave it out, or use method: lora")  # fmt: skip
 
     def delta(self, path: str, base: nn.Module) -> LowRank:
-        if not weights.is_dense(base):
+        if not (weights.is_dense(base) or weights.is_packed(base)):
             raise RecipeError(
                 f"{path} is stored as {type(base).__name__}, whose rows cannot be measured", where="method",
                 value=path, remedy="load the base unquantised, or use method: lora",

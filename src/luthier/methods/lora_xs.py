@@ -46,6 +46,7 @@ from luthier.models.low_rank import low_rank
 from luthier.models.sites import AdaptedLinear, Site, features, named_sites, switched_off
 from luthier.models.targets import ALL_LINEAR, Targets, check_targets
 from luthier.models.truncated_svd import truncated_svd
+from luthier.models.weights import is_dense
 
 
 def _doc(default: Any, doc: str) -> Any:
@@ -140,10 +141,11 @@ class LoRAXS(Method):
                 remedy=f"at most {min(inputs, outputs)}, or leave the module out by exclude_modules",
             )  # fmt: skip
         weight: Any = linear.weight
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
+        if self.factors == "svd" and not is_dense(linear):
             raise RecipeError(
-                f"{path} is stored as {type(linear).__name__}, and its singular vectors must be read",
-                where="model.quantization", value=path, remedy="set model.quantization: none, or use method: lora",
+                f"{path} is stored as {type(linear).__name__}, and the start needs the singular vectors of the weight "
+                "before it was rounded", where="model.quantization", value=path,
+                remedy="set model.quantization: none, or use method: lora",
             )  # fmt: skip
         if self.factors == "file":
             a_RD, b_OR = (torch.zeros(shape, device=weight.device) for shape in ((self.r, inputs), (outputs, self.r)))

@@ -1,7 +1,7 @@
 """A model directory, looked at before anything in it reaches a loader: JSON and safetensors only, no code.
 
 Refused, each with one line: keys that lead to code (`auto_map`, `trust_remote_code`, `_attn_implementation*`,
-kernel repositories named in any configuration, nested ones too), pickled weights, quantised weights, broken or
+kernel repositories named in any configuration, nested ones too), pickled weights, broken or
 missing shards, shard names that leave the directory, adapters given as models. There is no second, less careful
 way to load. A hub id is looked up in the local cache only.
 
@@ -104,12 +104,6 @@ def scan(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError("no model_type", where=str(directory / "config.json"))
-    if config.get("quantization_config") is not None:
-        raise ModelError(
-            "quantised checkpoints cannot be loaded yet",
-            where=f"{directory / 'config.json'}: quantization_config",
-            remedy="pass the unquantised model; quantised base weights arrive with model.quantization",
-        )
     return config
 
 

@@ -69,7 +69,9 @@ class Fused:
 
 
 def _known_parameters(module: nn.Module) -> bool:
-    return all(p.dtype in _CLOSE and p.device.type != "meta" for p in module.parameters())
+    """Codes of packed weights are no numbers to be near to."""
+    known = (p.dtype in _CLOSE or not p.is_floating_point() for p in module.parameters())
+    return all(known) and all(p.device.type != "meta" for p in module.parameters())
 
 
 def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,13 +124,14 @@ def _as_mlp(module: nn.Module, proven: dict[type[nn.Module], bool]) -> bool:
         return False
     kind = type(module)
     try:
+        dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.float32  # packed: any will do
         probe = torch.linspace(-6.0, 6.0, 64, device=gate.weight.device)
         if not _same(act(probe), functional.silu(probe), torch.float32):
             return False
         if kind not in proven:
-            x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=gate.weight.dtype)
+            x = torch.randn(1, 2, gate.in_features, device=gate.weight.device, dtype=dtype)
             plain = children["down_proj"](swiglu_plain(gate(x), children["up_proj"](x)))
-            proven[kind] = _same(module(x), plain, gate.weight.dtype)
+            proven[kind] = _same(module(x), plain, dtype)
     except Exception:  # noqa: BLE001 not this kind of module
         return False
     return proven[kind]

@@ -28,8 +28,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from luthier.contracts.errors import ModelError
+from luthier.contracts.errors import LuthierError, ModelError
+from luthier.models.bnb_files import save_packed, stored_linears
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
+from luthier.models.quantise import check_device, format_of
+from luthier.models.quantised_load import Wanted, forget, quantizer_for, release
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import HEAD, check_family, check_head, is_saved_with_score, settle_padding, start_head
 from luthier.models.switch import native_attention
@@ -88,19 +91,13 @@ def load_model(
     `reads`: logprobs (a language model), scores (a reward model, of a language model too: its head is then new), or
     saved (whichever of the two the directory says).
     """
-    if section.quantization != "none":
-        raise ModelError(
-            "quantised base weights are not there yet",
-            where="model.quantization",
-            value=section.quantization,
-            remedy="use none; nf4, int8 and fp8 arrive with the quantised weight formats",
-        )
+    check_device(section.quantization, device)
     directory = find_directory(section.path, section.revision)
     saved_with_score = is_saved_with_score(scan(directory))
     reads = ("scores" if saved_with_score else "logprobs") if reads == "saved" else reads
     weight_files(directory)
     with _quiet():
-        model, unexpected = _model(directory, dtype, reads, saved_with_score)
+        model, unexpected = _model(directory, dtype, reads, _wanted(section, directory))
         tokenizer = load_tokenizer(directory)
     added = add_tokens(model, tokenizer, section.add_tokens)
     if reads == "scores":
@@ -122,10 +119,24 @@ def load_model(
     )
 
 
+def _wanted(section: ModelSection, directory: Path) -> Wanted | None:
+    """The storage format: that of the files, where they are packed already, else the recipe's."""
+    if (found := stored_linears(directory)) is None:
+        asked = section.quantization
+        return None if asked == "none" else Wanted(asked, section.double_quantization)
+    if section.quantization not in ("none", found.format):
+        raise ModelError(
+            f"the files are in {found.format} already", where="model.quantization", value=section.quantization,
+            remedy=f"use none or {found.format}, or the dense model",
+        )  # fmt: skip
+    return found
+
+
 def _model(
-    directory: Path, dtype: torch.dtype, reads: str, saved_with_score: bool
+    directory: Path, dtype: torch.dtype, reads: str, wanted: Wanted | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     model_type = read_json(directory / "config.json")["model_type"]
+    saved_with_score = is_saved_with_score(read_json(directory / "config.json"))
     where = str(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, **_LOCAL)
@@ -143,10 +154,15 @@ def _model(
         raise ModelError("a reward model: it has a score head and no language head", where=where,
                          value=config.architectures[0],
                          remedy="pass the language model it was made from, or use objective: reward")  # fmt: skip
+    forget(config)
     try:
-        model, report = kind.from_pretrained(
-            directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
-        )
+        with quantizer_for(wanted, config) as more:
+            model, report = kind.from_pretrained(
+                directory, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **more, **_LOCAL
+            )
+        release(model)
+    except LuthierError:
+        raise
     except Exception as error:
         raise ModelError(f"the weights do not load: {_first(error)}", where=str(directory)) from error
     if reads == "scores":
@@ -155,6 +171,8 @@ def _model(
         report, directory, expected={f"{HEAD}.weight"} if reads == "scores" and not saved_with_score else set()
     )
     unexpected = {str(name) for name in report.get("unexpected_keys", ())}
+    if wanted is not None and wanted.stored is not None:
+        unexpected = {name for name in unexpected if not any(name.startswith(f"{path}.") for path in wanted.stored)}
     return model, tuple(sorted(unexpected - ({"lm_head.weight", "lm_head.bias"} if reads == "scores" else set())))
 
 
@@ -244,7 +262,10 @@ def save_whole(
     directory = Path(directory)
     with replace_directory(directory) as fresh:
         with native_attention(model), _quiet():
-            model.save_pretrained(fresh)
+            if format_of(model) == "none":
+                model.save_pretrained(fresh)
+            else:
+                save_packed(model, fresh)
         save_tokenizer(tokenizer, template, fresh)
     return directory
 

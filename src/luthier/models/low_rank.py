@@ -154,7 +154,7 @@ def check_foldable(path: str, site: Site) -> None:
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
         raise NotMergeable(
             f"{path} is stored as {type(base).__name__}, which cannot take the change exactly",
-            remedy="merge into the unquantised base",
+            remedy="merge into the unquantised base: luthier merge ADAPTER --into dense",
         )  # fmt: skip
     if getattr(site.delta, "lora_bias", None) is not None and base.bias is None:
         raise NotMergeable(f"{path} has no bias to fold lora_bias into", remedy="train with lora_bias: false")

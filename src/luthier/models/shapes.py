@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.score_head import score_head
+from luthier.models.weights import numbers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def shapes_of(model: nn.Module) -> Shapes:
         tied=head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0),
         layers=tuple(layers),
         layers_pattern=pattern,
-        parameters=sum(p.numel() for _, p in named),
+        parameters=numbers_of(model),
         uncovered=uncovered,
     )
 

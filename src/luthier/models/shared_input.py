@@ -6,7 +6,7 @@ was reached holds for those that were not (an expert that no token chose). The f
 it and leaves the other results; a sibling takes its own only if it is called with that same, unchanged tensor, in the
 same grad and autocast mode. Anything else is computed alone, as if there were no groups: wrong groups cost time only.
 
-The frozen linear is read here, not called. So a base that is not a plain `nn.Linear` (quantised, sharded, adapted
+The frozen linear is read here, not called. So a base that is neither a plain `nn.Linear` nor packed (sharded, adapted
 again), that trains, or that carries a hook, and a delta that is not just a low-rank pair (dropout in training, an
 extra bias, a method that computes something else) keep their whole group on the other path, where base and delta
 are called.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from luthier.models.adapted_linears import Adapted, adapted_linears
 from luthier.models.sites import AdaptedLinear
 from luthier.models.switch import native_attention
+from luthier.models.weights.packed import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,11 @@ class SharedInput:
         group = [one for one in map(adapted, self.sites) if one is not None]
         if len(group) < len(self.sites):
             return None
-        compute = group[0].weight_OD.dtype
+        compute = mode[2] or group[0].a_RD.dtype
         for one in group:
             own = mode[2] or one.a_RD.dtype
-            if not one.weight_OD.dtype == own == compute or (mode[2] is None and x.dtype != compute):
+            stored = compute if isinstance(one.weight_OD, Packed) else one.weight_OD.dtype
+            if not stored == own == compute or (mode[2] is None and x.dtype != compute):
                 return None
         made = adapted_linears(x, group, compute)
         return _Left(x, mode, {id(site): y for site, y in zip(self.sites, made, strict=True)})
@@ -72,13 +74,18 @@ class SharedInput:
 def adapted(site: AdaptedLinear) -> Adapted | None:
     """The site as matrices, where base and delta are nothing but these."""
     base, pair = site.base_layer, getattr(site.delta, "pair", None)
-    if type(base) is not nn.Linear or pair is None or _hooked(base) or _hooked(site.delta):
+    if (
+        not (type(base) is nn.Linear or isinstance(base, Packed))
+        or pair is None
+        or _hooked(base)
+        or _hooked(site.delta)
+    ):
         return None
     weight, bias = base.weight, base.bias
     if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     found = pair()
-    return None if found is None else Adapted(weight, bias, *found)
+    return None if found is None else Adapted(base if isinstance(base, Packed) else weight, bias, *found)
 
 
 def share_inputs(model: nn.Module) -> list[SharedInput]:

@@ -89,6 +89,7 @@ PEERS: dict[str, tuple[str, Read]] = {
     "model_revision": ("model.revision", _same),
     **dict.fromkeys(("torch_dtype", "dtype"), ("model.dtype", DTYPES)),
     "load_in_4bit": ("model.quantization", _when_true("nf4", "none")),
+    **dict.fromkeys(("bnb_4bit_use_double_quant", "double_quantization"), ("model.double_quantization", _same)),
     "load_in_8bit": ("model.quantization", _when_true("int8", "none")),
     "quantization_bit": ("model.quantization", _bits),
     "chat_template": ("model.chat_template", mask_aliases.template),

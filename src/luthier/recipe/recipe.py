@@ -53,6 +53,9 @@ class ModelSection(Section):
     quantization: Literal["none", "nf4", "int8", "fp8"] = _field(
         "none", "Storage of frozen linear weights; nf4 needs a quarter of bf16's memory (QLoRA)."
     )
+    double_quantization: Bool = _field(
+        True, "With nf4: its scales in 8 bits too, which saves 0.37 bits a weight; false only to match another program."
+    )
     add_tokens: tuple[Name, ...] = _field(
         (), "New atomic tokens, such as a template's control strings; their rows train and travel with the adapter."
     )

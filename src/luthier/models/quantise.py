@@ -1,0 +1,95 @@
+"""Matrices of a model into a storage format and back: which modules, which format, and what is refused.
+
+    packed(linear, format)   the linear as that format keeps it      dense(module)  its inverse, up to the rounding
+    quantise(model, format)  every linear of the body, in place      densify(model) its inverse
+    format_of(model)         nf4, int8, fp8 or none
+
+Stay as they are: the head and embeddings (tied ones too), norms, a score head, and linears whose weight the model reads
+without calling them. Experts that are kept as one 3-D tensor are refused by name: a model whose larger part stayed
+dense would not be what was asked for. Left out: choosing a format for each layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.contracts.errors import ModelError
+from luthier.models.shapes import shapes_of
+from luthier.models.sites import replace
+from luthier.models.weights import is_packed, read
+from luthier.models.weights.fp8 import FP8Linear
+from luthier.models.weights.int8 import Int8Linear
+from luthier.models.weights.nf4 import NF4Linear
+from luthier.models.weights.packed import Packed
+
+FORMATS: dict[str, type[Packed]] = {"nf4": NF4Linear, "int8": Int8Linear, "fp8": FP8Linear}
+_WHERE = "model.quantization"
+
+
+def check_device(name: str, device: torch.device | str) -> None:
+    """ModelError for a format that this device does not compute."""
+    if name == "fp8" and torch.device(device).type == "cpu":
+        raise ModelError("fp8 is a GPU's number format", where=_WHERE, value=name, remedy="on a CPU use nf4 or int8")
+
+
+def quantisable(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> linear of everything that goes into a format; ModelError for experts in one tensor."""
+    shapes = shapes_of(model)
+    share, names = shapes.beyond_linears()
+    if stacked := [name for name, _ in shapes.uncovered if "expert" in name and model.get_parameter(name).ndim == 3]:
+        raise ModelError(
+            f"{share:.0%} of this model's layers are experts in one 3-D tensor each, which no format here packs",
+            where=_WHERE, value=stacked[0], remedy=f"set model.quantization: none ({', '.join(names)} stay dense)",
+        )  # fmt: skip
+    return {linear.path: model.get_submodule(linear.path) for linear in shapes.linears}
+
+
+def packed(linear: Any, name: str, *, double: bool = True) -> Packed:
+    """One linear (or Conv1D) in a format; its bias is the same parameter."""
+    made = FORMATS[name].pack(read(linear).contiguous(), linear.bias, double=double)
+    made.turned = isinstance(linear, Conv1D)
+    return made.train(linear.training)
+
+
+def dense(module: Packed, dtype: torch.dtype) -> nn.Module:
+    """An ordinary frozen linear (or Conv1D, where it was one) with the numbers that the packed one computes with."""
+    weight_OD = module.matrix(dtype)
+    made: Any = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    if module.turned:
+        made = Conv1D(0, 0)
+        made.nx, made.nf, weight_OD = module.in_features, module.out_features, weight_OD.T.contiguous()
+    made.weight = nn.Parameter(weight_OD, requires_grad=False)
+    made.bias = module.bias
+    return made.train(module.training)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, name: str, *, double: bool = True) -> nn.Module:
+    """Every linear of the body into a format, in place, one after the other."""
+    for path, linear in quantisable(model).items():
+        if not is_packed(linear):
+            replace(model, path, packed(linear, name, double=double))
+    return model
+
+
+@torch.no_grad()
+def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Every packed linear an ordinary one again, in place; in `dtype`, else in that of the model's other weights."""
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for path, module in [(n, m) for n, m in model.named_modules() if is_packed(m)]:
+        replace(model, path, dense(module, dtype))
+    return model
+
+
+def format_of(model: nn.Module) -> str:
+    """The format of the model's packed linears, none where there are none."""
+    return next((module.format for module in model.modules() if isinstance(module, Packed)), "none")
+
+
+def is_double(model: nn.Module) -> bool:
+    """Whether scales are quantised too."""
+    return any(getattr(module, "nested_absmax", None) is not None for module in model.modules())
