@@ -67,6 +67,7 @@ def test_the_scripts_one_after_another(tmp_path: Path, monkeypatch: pytest.Monke
     assert again.built is not None and again.built.reused and not again.scripts
 
 
+@pytest.mark.nightly
 def test_slurm_submits_what_is_left_and_a_broken_chain_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, out, log = short(tmp_path, 1), tmp_path / "out", tmp_path / "bin" / "log"
     whole = build(spec, tmp_path / "whole")
@@ -86,6 +87,7 @@ def test_slurm_submits_what_is_left_and_a_broken_chain_goes_on(tmp_path: Path, m
     assert contents(out) == contents(whole.directory)
 
 
+@pytest.mark.nightly
 def test_killed_and_launched_again_loses_nothing(tmp_path: Path) -> None:
     whole = build(short(tmp_path, 2), tmp_path / "whole")
     out = tmp_path / "out"

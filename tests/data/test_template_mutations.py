@@ -20,7 +20,7 @@ from luthier.contracts.record import Chat
 from luthier.data.mask import Masked, Masker
 from luthier.data.template import Template
 
-SEEDS = 400
+SEEDS = 150
 NOW = datetime(2024, 5, 6, tzinfo=UTC)
 CHATS = ((("Why so?", "Because it is."), ("And now?", "Then that, too.")), (("One", "two"),), (("a", " b "),) * 3)
 

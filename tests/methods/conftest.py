@@ -18,7 +18,13 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         yield
 
 
-@pytest.fixture(params=[(name, family) for name in NAMES for family in FAMILIES], ids="-".join)
+def _param(name: str, family: str) -> object:
+    """int8 goes the way of NF4 through every method: most of it is for the night."""
+    night = family == "llama-int8" and name not in ("lora", "dora")
+    return pytest.param((name, family), marks=[pytest.mark.nightly] if night else [])
+
+
+@pytest.fixture(params=[_param(name, family) for name in NAMES for family in FAMILIES], ids="-".join)
 def made(request: pytest.FixtureRequest) -> Made:
     """A method with its defaults, attached to a fresh model; or skipped with the method's own reason."""
     name, family = request.param
