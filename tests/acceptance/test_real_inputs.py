@@ -75,8 +75,14 @@ def _recipe(path: Path, base: Path, train: Path, template: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [*ROWS, "tools"])
-@pytest.mark.parametrize("view", list(BASES))
+@pytest.mark.parametrize(
+    ("view", "kind"),
+    [
+        pytest.param(view, kind, marks=[] if view == "chatml" or kind == "tools" else [pytest.mark.nightly])
+        for view in BASES
+        for kind in (*ROWS, "tools")
+    ],
+)
 def test_tuned_scored_merged_and_read_by_peft(
     luthier: Callable[..., Any], shared_data: Callable[[str], Path], tmp_path: Path, view: str, kind: str
 ) -> None:  # fmt: skip

@@ -18,16 +18,17 @@ from luthier.contracts.errors import DataError
 MAX_LINE_BYTES = 8 * 2**20
 _CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
-_MAGIC = {
+MAGIC = {
     b"\x1f\x8b": ("compressed by gzip", "let its name end in .gz behind the ending of its rows, as in rows.jsonl.gz"),
     b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "let its name end in .zst behind that of its rows"),
     b"PAR1": ("Parquet", "let its name end in .parquet"),
-    b"ARRO": ("Arrow", "let its name end in .arrow"),
+    b"ARROW1": ("Arrow", "let its name end in .arrow"),
     b"PK\x03\x04": ("a zip archive", "unpack it and give the files in it"),
-    b"BZh": ("compressed by bzip2", "unpack it, or compress it by gzip or Zstandard"),
-    b"\xfd7zX": ("compressed by xz", "unpack it, or compress it by gzip or Zstandard"),
-    b"\x89HDF": ("HDF5", "write its rows as JSON Lines or Parquet"),
+    b"BZh91AY&SY": ("compressed by bzip2", "unpack it, or compress it by gzip or Zstandard"),
+    b"\xfd7zXZ\0": ("compressed by xz", "unpack it, or compress it by gzip or Zstandard"),
+    b"\x89HDF\r\n": ("HDF5", "write its rows as JSON Lines or Parquet"),
 }
+_HEAD = max(map(len, MAGIC))
 
 
 class Line(NamedTuple):
@@ -90,7 +91,7 @@ def _whole(line: bytes, number: int, cap: int) -> bytes | None:
 def chunks(path: str, size: int = _CHUNK) -> Iterator[bytes]:
     """The uncompressed content piece by piece, with its byte order mark if it has one."""
     with open_bytes(path) as stream:
-        head = _read(path, 0, lambda: stream.read(4))  # enough to know the encoding by
+        head = _read(path, 0, lambda: stream.read(_HEAD))  # enough to know by what it is
         _refuse_other(path, head)
         offset = len(head)
         if head:
@@ -147,7 +148,7 @@ def _refuse_other(path: str, head: bytes) -> None:
             where=f"{path}:1",
             remedy="convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW",
         )
-    for magic, (what, remedy) in _MAGIC.items():
+    for magic, (what, remedy) in MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"the file is {what}, and its name says otherwise", where=path, remedy=remedy)
 

@@ -38,7 +38,7 @@ _HAN_LETTERS = 3  # what one character is worth in letters
 _LONGEST, _PART = 1200, 400
 _SCRIPTS = {
     "kana": "\u3041-\u3096\u30a1-\u30fa\u30fc", "hangul": "\u1100-\u11ff\uac00-\ud7af",
-    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "latin": "A-Za-zÀ-ɏ\u1e00-\u1eff", "cyrillic": "\u0400-\u052f",
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "latin": "A-Za-zÀ-ÖØ-öø-ɏ\u1e00-\u1eff", "cyrillic": "\u0400-\u052f",
     "arabic": "\u0620-\u06ff", "he": "\u05d0-\u05ea", "el": "\u0370-\u03ff\u1f00-\u1fff",
     "th": "\u0e01-\u0e3a\u0e40-\u0e4e", "hi": "\u0900-\u097f", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f",
     "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
@@ -150,7 +150,8 @@ def _among(text: str, script: str) -> tuple[str, float]:
         for language, worth in profiles.words.get(word, ()):
             scores[language] += worth * min(count, 3)
     rows = [profiles.rows.get(gram, 0) for word in counted for gram in _grams(word)]
-    scores += profiles.table[rows].mean(axis=0) * math.sqrt(len(rows)) * _TRIGRAMS
+    if rows:  # of no word nothing is known: marks of a script that are no letters
+        scores += profiles.table[rows].mean(axis=0) * math.sqrt(len(rows)) * _TRIGRAMS
     letters = Counter("".join(words) if not text.isascii() else "")
     for language, alphabet in enumerate(profiles.alphabets):
         scores[language] -= _FOREIGN * sum(min(count, 5) for letter, count in letters.items() if letter not in alphabet)
