@@ -38,7 +38,8 @@ _HAN_LETTERS = 3  # what one character is worth in letters
 _LONGEST, _PART = 1200, 400
 _SCRIPTS = {
     "kana": "\u3041-\u3096\u30a1-\u30fa\u30fc", "hangul": "\u1100-\u11ff\uac00-\ud7af",
-    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "latin": "A-Za-zÀ-ÖØ-öø-ɏ\u1e00-\u1eff", "cyrillic": "\u0400-\u052f",
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff", "latin": "A-Za-zÀ-ÖØ-öø-ɏ\u1e00-\u1eff",
+    "cyrillic": "\u0400-\u052f",
     "arabic": "\u0620-\u06ff", "he": "\u05d0-\u05ea", "el": "\u0370-\u03ff\u1f00-\u1fff",
     "th": "\u0e01-\u0e3a\u0e40-\u0e4e", "hi": "\u0900-\u097f", "bn": "\u0980-\u09ff", "pa": "\u0a00-\u0a7f",
     "gu": "\u0a80-\u0aff", "ta": "\u0b80-\u0bff", "te": "\u0c00-\u0c7f", "kn": "\u0c80-\u0cff",
