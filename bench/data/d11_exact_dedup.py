@@ -15,7 +15,8 @@ from bench.data import Figure
 from bench.data.worded import chats, seconds
 from luthier.contracts.step import Item, Room
 from luthier.data.applied import batches
-from luthier.data.steps.exact_dedup import ExactDedup, normalised
+from luthier.data.exact_words import normalised
+from luthier.data.steps.exact_dedup import ExactDedup
 from luthier.data.texts import whole
 
 GOALS = ("D11",)
