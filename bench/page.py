@@ -33,7 +33,8 @@ Luthier beside TRL + PEFT and a bare transformers loop on the same work: same mo
 starting weights, same AdamW. Each system runs in a process of its own and their steps are interleaved, so a busy
 machine slows all alike; ratios are taken within each step. Losses of every step and everything that trained are
 compared, because a faster system that does something else is no faster. Rivals run as their documentation tells and in
-the best setting that was found (`python -m bench.sft --search`). `make bench` runs all of it.
+the best setting that was found (`python -m bench.sft --search`). `make bench` runs all of it. Rows, masks and the steps
+before training have a table of their own: [figures of the data road](../bench/data/figures.md).
 """
 
 

@@ -1,7 +1,7 @@
 """Figures of the data road: one file of this folder a goal or two, measured beside the rival that is named.
 
 A file has `GOALS = ("D11",)` and `measure(quick) -> list[Figure]`. `quick` is for the tests: the parts fit, nothing
-is claimed. `python -m bench.data [D11 D12 …]` measures and writes `bench/results/data.json` and `data.md`; goals that
+is claimed. `python -m bench.data [D11 D12 …]` measures and writes `figures.json` and `figures.md` here; goals that
 were not asked for keep the figures of their last run.
 """
 

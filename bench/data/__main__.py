@@ -1,7 +1,7 @@
 """`python -m bench.data [GOAL …]`: measure the figures of the data road and write the table.
 
 Every file of this folder that begins with `d` is asked for its figures in turn, in this process, so that ours and the
-rival's are timed under one load. The goals are those of the table in docs/benchmarks.md.
+rival's are timed under one load. The goals are those of the table, figures.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.conditions import cpu
 from bench.data import Figure
 from bench.table import table
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parent
 _HEAD = ("goal", "what", "Luthier", "rival", "asked", "reached", "conditions")
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small inputs: whether it runs, not how fast")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parsed = parser.parse_args(arguments)
-    path = parsed.out / "data.json"
+    path = parsed.out / "figures.json"
     before = json.loads(path.read_text("utf-8"))["figures"] if path.exists() else []
     figures, done = [], set()
     for module in modules():
