@@ -51,7 +51,7 @@ def place_of(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "built"
 
 
-def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
+def spec_of(recipe: Recipe) -> BuildSpec:
     """What decides the rows. The tokenizer is opened only where a step counts tokens."""
     steps = tuple(_step(section, at) for at, section in enumerate(recipe.data.steps))
     if any(stage.data is not None for stage in recipe.train.stages):
@@ -69,7 +69,7 @@ def spec_of(recipe: Recipe, offline: bool = False) -> BuildSpec:
     return BuildSpec(
         recipe.data.train, steps, recipe.train.seed, recipe.data.bad_rows, evaluation,
         partial(tokenizer_of, recipe.model) if counts else None,
-        fingerprint.digest(tokenizer_of(recipe.model).backend_tokenizer.to_str()) if counts else "", scorer_of, offline,
+        fingerprint.digest(tokenizer_of(recipe.model).backend_tokenizer.to_str()) if counts else "", scorer_of,
     )  # fmt: skip
 
 

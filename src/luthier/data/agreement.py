@@ -53,13 +53,18 @@ def cohen_kappa(table: NDArray[Any], weights: Weights = "none") -> float | None:
 
 def wilson(good: int, of: int, z: float = _Z) -> tuple[float, float]:
     """The interval that a share of `good` in `of` rows speaks for (95 % unless z says otherwise)."""
-    if of == 0:
-        return 0.0, 1.0
-    share = good / of
-    middle = share + z * z / (2 * of)
-    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    scale = 1 + z * z / of
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return (0.0, 1.0) if of == 0 else wilson_of_share(good / of, of, z)
+
+
+def wilson_of_share(share: float, n: float, z: float = _Z) -> tuple[float, float]:
+    """The same of a share seen in n trials; n may be infinite (the share itself) or no whole number."""
+    if math.isinf(n):
+        return share, share
+    scale = 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
 
 
 def marks(items: Iterable[Item], note: str = "judge") -> dict[Place, float]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -132,8 +132,3 @@ def batches(rows: Sequence[Item] | Iterator[Item], size: int = BATCH) -> Iterato
 def cache_name(name: str) -> str:
     """Directory of a step's cache; two steps of one name share it, so what it holds is keyed by all that decides it."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-
-
-def notes_of(items: Sequence[Item], name: str) -> list[Any]:
-    """One note of every row, None where it has none."""
-    return [item.notes.get(name) for item in items]

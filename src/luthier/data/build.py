@@ -21,17 +21,16 @@ import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier import data as room_of_data
 from luthier.contracts.errors import UsageError
 from luthier.contracts.step import Room, RowStep, SetStep, Step
 from luthier.data.applied import name_of
 from luthier.data.crew import Crew, Progress, cores
 from luthier.data.finish import CountPass, FinishPass
+from luthier.data.own_code import code
 from luthier.data.passes import ApplyPass, DecidePass, Pass, Read, RowPass, SketchPass
 from luthier.data.paths import expand, is_hub_id
 from luthier.data.sources import resolved
@@ -55,7 +54,6 @@ class BuildSpec:
     tokenizer: Callable[[], Any] | None = field(default=None, compare=False)
     tokenizer_digest: str = ""  # of what it opens
     scorer: Callable[[str], Any] | None = field(default=None, compare=False)  # opens a reward model
-    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def plan(spec: BuildSpec, out: Path, digest: Callable[[str], str] | None = None)
         for source in resolved(spec.sources)[0]
         for path in expand(source.path, source.split)
     )
-    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, spec.offline, spec.scorer)
+    room = Room(out / ".work" / "cache", spec.seed, spec.evaluation, spec.tokenizer, scorer=spec.scorer)
     inputs = [{"file": path, "sha256": digest(path)} for path, _, _ in files]
     said = [
         {**one, "source": source.model_dump(), "origin": o} for one, (_, source, o) in zip(inputs, files, strict=True)
@@ -159,16 +157,6 @@ def sweep(out: Path, passes: Sequence[Pass]) -> None:
 def origin_of(path: str) -> str:
     """What a source is called that has no name: the file's or folder's name up to its first dot."""
     return Path(path.rstrip("/")).name.split(".")[0] or path
-
-
-@cache
-def code() -> str:
-    """Digest of the source files that decide what a build makes: another version of them is another build."""
-    state = hashlib.sha256()
-    folder = Path(room_of_data.__path__[0])
-    for path in sorted([*folder.rglob("*.py"), folder.parent / "contracts" / "record.py"]):
-        state.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes())
-    return state.hexdigest()
 
 
 def file_digest(path: str) -> str:

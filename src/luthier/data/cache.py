@@ -21,15 +21,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from luthier.contracts import record
 from luthier.data.contents import Content
 from luthier.data.encode import Encoder
 from luthier.data.ledger import Account, Ledger
+from luthier.data.own_code import code
 from luthier.data.pairs import ChosenSide
 from luthier.data.reading import Place
 from luthier.data.stored import MAKING, Stored, Unusable, opened, size_of
@@ -78,7 +76,7 @@ def key_of(
         "layout": LAYOUT, "files": [[path, contents[path].digest.hex()] for path in paths], "section": said,
         "sources": [[place.use, place.source, place.spec.model_dump(mode="json")] for place in files],
         "encoder": encoding, "how": dict(how), "code": code(),
-        **{name: version(name) for name in ("jinja2", "numpy", "tokenizers")}, "python": platform.python_version(),
+        "python": platform.python_version(),
     })  # fmt: skip
 
 
@@ -101,16 +99,6 @@ def _encoding(encoder: Any) -> dict[str, Any] | None:
             "variables": dict(template.variables), "date": template.now.isoformat() if dated else None,
         },
     }  # fmt: skip
-
-
-@cache
-def code() -> str:
-    """Digest of the source of the data room and of what its records are."""
-    state = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in [*sorted(here.rglob("*.py")), Path(record.__file__)]:
-        state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return state.hexdigest()
 
 
 def taken(key: Key) -> tuple[Stored | None, str]:

@@ -8,15 +8,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 
-class MaskFields(Protocol):
-    """`data.mask` of the recipe."""
-
-    roles: Any
-    last_turn_only: bool
-    thinking: Any
-    train_generation_prompt: bool
-
-
 class DataFields(Protocol):
     """The part of the recipe's data section that encoding reads."""
 

@@ -142,3 +142,14 @@ def _depth(value: Any) -> int:
         nested = any(isinstance(item, dict | list) for item in level)
         depth, level = depth + nested, inner
     return depth
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is an object or a list of JSON, read leniently: what must still parse when it is changed."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

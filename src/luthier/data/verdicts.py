@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, Literal
 
-from luthier.data.agreement import Place, agreement
+from luthier.data.agreement import Place, agreement, wilson_of_share
 from luthier.data.spot_check import Stratum
 
 Verdict = Literal["good", "bad", "unsure"]
@@ -117,14 +117,8 @@ class Verdicts:
 
 
 def wilson(share: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share seen in n trials; n may be infinite (the share itself) or no whole number."""
-    if math.isinf(n):
-        return share, share
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return (0.0 if share == 0 else low), (1.0 if share == 1 else high)
+    """Wilson's score interval of a share seen in n trials, at a confidence."""
+    return wilson_of_share(share, n, NormalDist().inv_cdf(0.5 + confidence / 2))
 
 
 def effective_size(strata: Sequence[tuple[int, int]]) -> float:

@@ -12,7 +12,6 @@ Cost: 10 to 40 thousand rows a second and core. Leaves out spelling, and mojibak
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,6 +19,7 @@ from typing import Literal
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Prompt, Record, Segments, Stepwise, Text
 from luthier.contracts.step import Item, Outcome, Room, RowStep, RowWork, each, keep, leave
 from luthier.data import repairs
+from luthier.data.strict_json import is_json
 from luthier.data.texts import rewritten, whole
 
 EMPTY = "no answer after cleaning"
@@ -74,23 +74,13 @@ class Clean(RowStep):
 
 def _repaired(text: str, repairs_: Sequence[tuple[str, _Repair, bool]], changes: dict[str, None]) -> str:
     """The text after each repair, what was done added to `changes`."""
-    if _is_json(text):
+    if is_json(text):
         return text
     for what, repair, everywhere in repairs_:
         made = repair(text) if everywhere else repairs.outside_code(text, repair)
         if made != text:
             changes[what], text = None, made
     return text
-
-
-def _is_json(text: str) -> bool:
-    if text.lstrip()[:1] not in ("{", "["):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _stripped(record: Record, changes: dict[str, None]) -> Record:

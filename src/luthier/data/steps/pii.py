@@ -15,7 +15,6 @@ Leaves out names, birthdays and postal addresses: rules cannot tell them from fi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record
 from luthier.contracts.step import Item, Outcome, Room, RowStep, RowWork, each, keep, leave
 from luthier.data.personal import FINDERS, Hit, hits
+from luthier.data.strict_json import is_json
 from luthier.data.texts import rewritten, whole
 
 KINDS = ("email", "phone", "ip", "card", "iban", "cn_id", "ssn", "key", "login", "mac")
@@ -102,10 +102,10 @@ class _Row:
         ]
         if not found:
             return text
-        is_json = _is_json(text)
+        keeps_json = is_json(text)
         made, at = [], 0
         for hit in found:
-            made += [text[at : hit.start], self._quoted(text, hit, is_json)]
+            made += [text[at : hit.start], self._quoted(text, hit, keeps_json)]
             at = hit.end
         return "".join([*made, text[at:]])
 
@@ -121,14 +121,14 @@ class _Row:
             value == one.lower() or (one[:1] == "@" and value.endswith(one.lower())) for one in self.step.allow
         )
 
-    def _quoted(self, text: str, hit: Hit, is_json: bool) -> str:
+    def _quoted(self, text: str, hit: Hit, keeps_json: bool) -> str:
         """The placeholder, in quotes where a bare number stood as a value of JSON or of code."""
         placeholder = self._placeholder(hit)
         if not text[hit.start : hit.end].isdecimal():
             return placeholder
         before, after = text[max(0, hit.start - 40) : hit.start], text[hit.end : hit.end + 20]
         field_ = _FIELD_BEFORE.search(before) and _FIELD_AFTER.match(after)
-        element = is_json and _ELEMENT_BEFORE.search(before) and _ELEMENT_AFTER.match(after)
+        element = keeps_json and _ELEMENT_BEFORE.search(before) and _ELEMENT_AFTER.match(after)
         return f'"{placeholder}"' if field_ or element else placeholder
 
     def _placeholder(self, hit: Hit) -> str:
@@ -143,16 +143,6 @@ class _Row:
 
     def _written(self, kind: str, number: int) -> str:
         return self.step.placeholder.replace("{kind}", kind.upper()).replace("{n}", str(number))
-
-
-def _is_json(text: str) -> bool:
-    if text.lstrip()[:1] not in ("{", "["):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _with_numbers(record: Record, number: Any) -> Record:
