@@ -155,7 +155,10 @@ def test_what_is_saved_packed_comes_back(family: str, name: str, double: bool, t
     assert said["quant_method"] == "bitsandbytes"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq"])
+@pytest.mark.parametrize(
+    "method",
+    ["hqq", "fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "aqlm", "eetq", "auto-round", "torchao", "exl2"],
+)
 def test_other_quantised_checkpoints_get_one_line(method: str, tmp_path: Path) -> None:
     directory = saved(tmp_path)
     config = json.loads((directory / "config.json").read_text())
@@ -163,6 +166,7 @@ def test_other_quantised_checkpoints_get_one_line(method: str, tmp_path: Path) -
     with pytest.raises(ModelError, match=f"quantised by {method}") as caught:
         load(directory, "none")
     assert "\n" not in caught.value.line()
+    assert ("bf16 release" if "fp" in method else "model.quantization: nf4") in str(caught.value.remedy)
 
 
 def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:

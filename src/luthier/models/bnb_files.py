@@ -5,26 +5,23 @@
            weight.quant_state.bitsandbytes__nf4 JSON as bytes: shape, block sizes, dtype, nested_offset
     int8   weight (out, in) int8                SCB (out,) fp32, weight_format
 
-Where the configuration says `quantization_config`, `stored_linears` says which linears the files keep packed; a method
-that is not read here (GPTQ, AWQ, FP4, ...) is refused by name, in one line. Codes are never dequantised on the way.
-Left out: codes kept in tensors of other than bytes, which only sharded training needs.
+`stored_linears` says which linears the files keep packed, FP4 is refused by name. Codes are never dequantised on the
+way. Left out: codes kept in tensors of other than bytes, which only sharded training needs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier.contracts.errors import ModelError
-from luthier.models.directory import read_json, tensor_header, weight_files
 from luthier.models.quantised_load import Wanted
+from luthier.models.stored_tensors import Places, misfit, tensors_of, turned
 from luthier.models.weights import dynamic_map, nf4
 from luthier.models.weights.dynamic_map import Mapped
 from luthier.models.weights.int8 import Int8Linear
@@ -35,18 +32,8 @@ _STATE = "quant_state.bitsandbytes__nf4"
 _OTHERS = {"weight.quant_state.bitsandbytes__fp4": "fp4"}
 
 
-def stored_linears(directory: Path) -> Wanted | None:
-    """What the files keep packed; None where they are dense; ModelError for a format that is not read here."""
-    said = read_json(directory / "config.json").get("quantization_config")
-    if said is None:
-        return None
-    where = f"{directory / 'config.json'}: quantization_config"
-    if not isinstance(said, dict) or said.get("quant_method") not in ("bitsandbytes", None):
-        method = said.get("quant_method") if isinstance(said, dict) else said
-        raise ModelError(f"a checkpoint quantised by {method} is not read here", where=where, value=method,
-                         remedy="pass the unquantised model with model.quantization: nf4, or one in "
-                         "bitsandbytes' nf4 or int8")  # fmt: skip
-    places = {name: file for file in weight_files(directory) for name in json.loads(tensor_header(file))}
+def stored_linears(said: Mapping[str, Any], where: str, places: Places) -> Wanted:
+    """The linears of the files and how each is read; ModelError for what is not read here."""
     if other := sorted(name for name in places if any(name.endswith(ending) for ending in _OTHERS)):
         raise ModelError("a checkpoint in fp4 is not read here", where=where, value=other[0],
                          remedy="quantise the dense model to nf4")  # fmt: skip
@@ -58,26 +45,15 @@ def stored_linears(directory: Path) -> Wanted | None:
     return Wanted(kind, stored={path: partial(read, path, places) for path in sorted(four or eight)})
 
 
-def _tensors(path: str, places: dict[str, Path], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Those of the names that are there."""
-    found = {}
-    for name in names:
-        if (file := places.get(f"{path}.{name}")) is not None:
-            with safe_open(file, framework="pt") as opened:
-                found[name] = opened.get_tensor(f"{path}.{name}")
-    return found
-
-
-def _read_nf4(path: str, places: dict[str, Path], linear: Any) -> Packed:
+def _read_nf4(path: str, places: Places, linear: Any) -> Packed:
     names = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", _STATE)
-    found = _tensors(path, places, ("weight", *(f"weight.{name}" for name in names)))
+    found = tensors_of(path, places, ("weight", *(f"weight.{name}" for name in names)))
     state = json.loads(bytes(found[f"weight.{_STATE}"].tolist()).decode("utf-8"))
     shape, block = tuple(state["shape"]), int(state["blocksize"])
     codes, absmax = found["weight"], found["weight.absmax"]
     good = codes.dtype == torch.uint8 and codes.numel() == (shape[0] * shape[1] + 1) // 2
     if not good or shape != (linear.out_features, linear.in_features):
-        raise ModelError("the packed weight does not fit the model", where=path, value=f"{tuple(codes.shape)} {shape}",
-                         remedy="is the config.json this checkpoint's?")  # fmt: skip
+        raise misfit(path, f"{tuple(codes.shape)} {shape}")
     if not torch.equal(found["weight.quant_map"].float(), torch.tensor(nf4.CODE)):
         raise ModelError("the packed weight has a table of its own", where=path, remedy="quantise the dense model")
     nested = None
@@ -87,21 +63,15 @@ def _read_nf4(path: str, places: dict[str, Path], linear: Any) -> Packed:
             raise ModelError("the scales have a table of their own", where=path, remedy="quantise the dense model")
         nested = (Mapped(absmax.view(-1), scales.float().view(-1)), torch.tensor(float(state["nested_offset"])))
     stored = NF4(codes.view(-1), absmax.view(-1) if nested else absmax.float().view(-1), shape, block, nested)
-    return _turned(NF4Linear(stored, linear.bias), linear)
+    return turned(NF4Linear(stored, linear.bias), linear)
 
 
-def _read_int8(path: str, places: dict[str, Path], linear: Any) -> Packed:
-    found = _tensors(path, places, ("weight", "SCB"))
+def _read_int8(path: str, places: Places, linear: Any) -> Packed:
+    found = tensors_of(path, places, ("weight", "SCB"))
     codes, absmax = found["weight"], found["SCB"].float().view(-1)
     if codes.dtype != torch.int8 or tuple(codes.shape) != (linear.out_features, linear.in_features):
-        raise ModelError("the packed weight does not fit the model", where=path, value=f"{tuple(codes.shape)}",
-                         remedy="is the config.json this checkpoint's?")  # fmt: skip
-    return _turned(Int8Linear(codes, absmax, linear.bias), linear)
-
-
-def _turned(made: Packed, awaited: Any) -> Packed:
-    made.turned = issubclass(awaited.linear, Conv1D)
-    return made
+        raise misfit(path, f"{tuple(codes.shape)}")
+    return turned(Int8Linear(codes, absmax, linear.bias), linear)
 
 
 def packed_tensors(path: str, module: Packed, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -135,17 +105,3 @@ def quantization_config(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
     }  # fmt: skip
     return {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, **(more if four else {})}
-
-
-def save_packed(model: Any, directory: Path) -> None:
-    """`save_pretrained` of a model with packed linears: bitsandbytes' names in the files, its words in config.json."""
-    dtype = model.get_input_embeddings().weight.dtype
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, Packed)}
-    own = {f"{path}.{name}" for path, module in linears.items() for name in ("weight", *module._buffers)}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
-    for path, module in linears.items():
-        state |= packed_tensors(path, module, dtype)
-    model.save_pretrained(directory, state_dict=state)
-    file = directory / "config.json"
-    said = {**read_json(file), "quantization_config": quantization_config(model, dtype)}
-    file.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")

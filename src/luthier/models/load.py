@@ -29,12 +29,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import LuthierError, ModelError
-from luthier.models.bnb_files import save_packed, stored_linears
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
 from luthier.models.quantise import check_device, format_of
 from luthier.models.quantised_load import Wanted, forget, quantizer_for, release
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import HEAD, check_family, check_head, is_saved_with_score, settle_padding, start_head
+from luthier.models.stored_files import save_packed, stored_linears
 from luthier.models.switch import native_attention
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _wanted(section: ModelSection, directory: Path) -> Wanted | None:
     if section.quantization not in ("none", found.format):
         raise ModelError(
             f"the files are in {found.format} already", where="model.quantization", value=section.quantization,
-            remedy=f"use none or {found.format}, or the dense model",
+            remedy="set it to none, or pass the dense model",
         )  # fmt: skip
     return found
 

@@ -5,13 +5,13 @@ registered there under a name of its own. A linear of the body is replaced by it
 been read, and the weight is let go: at no time is there more than the packed part of the model, what stays dense, and
 one matrix. Afterwards nothing of that machinery is left on the model: its configuration is that of the dense one.
 
-A checkpoint that bitsandbytes wrote (`quant_method: bitsandbytes`) is taken as it is, codes and scales to the bit
-(models/bnb_files.py). Left out: several devices, offload to disk.
+A checkpoint that is packed already (bitsandbytes, GPTQ, AWQ) is taken as it is, codes and scales to the bit
+(models/stored_files.py). Left out: several devices, offload to disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,13 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from luthier.contracts.errors import ModelError
 from luthier.models.quantise import packed, quantisable
-from luthier.models.sites import features, replace
+from luthier.models.sites import features, is_linear, replace
 from luthier.models.weights.packed import Packed
 
 _NAME = "luthier"
-Stored = dict[str, Callable[[nn.Module], Packed]]  # path of a linear -> what makes it of the files
+Stored = Mapping[str, Callable[[nn.Module], Packed]]  # path of a linear -> what makes it of the files
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Quantizer(HfQuantizer):
         if stored is None:
             self.targets = {f"{path}.weight" for path in quantisable(model)}
         for path in stored or ():
-            replace(model, path, _Awaited(model.get_submodule(path)))
+            replace(model, path, _Awaited(_linear(model, path)))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.targets
@@ -87,6 +88,18 @@ class _Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _linear(model: nn.Module, path: str) -> nn.Module:
+    """The linear that the files keep packed; ModelError where the model has none there."""
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        found = None
+    if found is None or not is_linear(found):
+        raise ModelError("the files keep a linear packed that this model has no place for", where=path,
+                         remedy="a family that keeps its experts in one tensor needs the dense model")  # fmt: skip
+    return found
 
 
 class _Awaited(nn.Module):
