@@ -24,6 +24,7 @@ from luthier.data.template import open_template
 from luthier.engine.precision import resolve_device, resolve_precision
 from luthier.models.decoder_site import positions_and_rows
 from luthier.models.load import Loaded, load_model
+from luthier.models.quantise import densify
 from luthier.models.shapes import max_positions
 from luthier.recipe.recipe import DataSection, ModelSection
 
@@ -74,7 +75,7 @@ def storage_of(target: str | Path) -> str:
     directory = _result_of(Path(target)) if _recipe_of(Path(target)) else Path(target)
     if not (directory / CONFIG).exists():
         return "none"
-    return str(read_adapter(directory).base_storage.get("quantization", "none"))
+    return read_adapter(directory).base_format
 
 
 def open_target(
@@ -82,7 +83,8 @@ def open_target(
 ) -> Opened:
     """Open a run, an adapter or a model directory on this machine's device. ModelError where it is none.
 
-    The base of an adapter is stored as it was in training, or with `dense` as its files are.
+    The base of an adapter is stored as it was in training, or with `dense` as numbers: those of its files, or what its
+    files unpack to.
     """
     path = Path(target)
     recipe = _recipe_of(path)
@@ -106,6 +108,8 @@ def open_target(
             raise
         what = f"the adapter's base does not load: {error.what}"
         raise ModelError(what, where=str(directory), value=section.path, remedy="pass --base MODEL") from error
+    if dense:
+        densify(loaded.model)
     notes: list[str] = []
     method = None
     if adapter is not None:

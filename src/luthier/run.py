@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from luthier import account
-from luthier.artifact import fold
 from luthier.assembly import MICROBATCH_TOKENS, assemble, assembling, encoder_of, engine_run, preparing_rows
 from luthier.building import built_rows
 from luthier.contracts.errors import DataError, UsageError
@@ -43,11 +42,11 @@ from luthier.engine.tensorboard import TensorBoard
 from luthier.evaluation.exact_match import exact_match as compare_answers
 from luthier.evaluation.loss import held_out_loss
 from luthier.evaluation.reward import RewardScorer, ranking
+from luthier.merging import merge as merge_adapter
 from luthier.models.directory import read_json
-from luthier.models.load import load_text, save_whole
+from luthier.models.load import load_text
 from luthier.models.probe import open_trunk
-from luthier.models.quantise import format_of
-from luthier.opened import Opened, open_target, storage_of
+from luthier.opened import Opened, open_target
 from luthier.planning import Asked, compare, predicted
 from luthier.planning import plan as plan_recipe
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
@@ -297,65 +296,12 @@ def _shown(answer: Any) -> dict[str, str]:
     return {name: getattr(answer, name) for name in ("source", "prompt", "expected", "given")}
 
 
-def merge(adapter: str | Path, out: str | Path, *, base: str | None = None, into: str | None = None) -> dict[str, Any]:
-    """Fold an adapter into its base and save the whole model; the measured difference of logits.
+def merge(
+    adapter: str | Path, out: str | Path, *, base: str | None = None, into: str | None = None, on: str | None = None
+) -> dict[str, Any]:
+    """Fold an adapter into its base and save the whole model; the measured difference (merging.py).
 
     `into`: dense or quantised, which an adapter that was trained on a quantised base needs; both are measured.
+    `on`: rows to measure on, their first tokens; without any, random ids.
     """
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UsageError("the output directory is not empty", where="--out", value=str(out), remedy="choose another")
-    stored = storage_of(adapter)
-    _check_into(into, stored)
-    opened = open_target(adapter, base=base)
-    if opened.method is None:
-        raise UsageError("the target is a whole model: nothing to merge", where=str(adapter))
-    more: dict[str, Any] = {}
-    if stored == "none":
-        report = fold.fold(opened.method, opened.model)
-    else:
-        opened, report, more = _merge_packed(adapter, opened, base, str(into))
-    template = opened.encoder.template.text if opened.encoder.template else None
-    save_whole(opened.model, opened.tokenizer, template, out)
-    return {
-        "out": str(out), "max_logit_difference": report.max_abs_logit_difference,
-        "of": "logits" if opened.loaded.reads == "logprobs" else "scores",
-        "greedy_equal": report.greedy_agreement == 1.0, "tokens": report.probe_tokens, "dtype": report.dtype,
-        "notes": opened.notes, **more,
-    }  # fmt: skip
-
-
-def _check_into(into: str | None, stored: str) -> None:
-    if stored == "none" and into == "quantised":
-        raise UsageError("the adapter's base is not quantised", where="--into", value=into, remedy="leave --into out")
-    if stored != "none" and into is None:
-        raise UsageError(
-            f"the adapter was trained on a base in {stored}: say into what it is merged", where="--into",
-            remedy="--into dense (the base as its files are) or --into quantised (the base in that format); both are "
-            "measured",
-        )  # fmt: skip
-    if stored == "fp8" and into == "quantised":
-        raise UsageError("fp8 has no file that other programs read", where="--into", value=into,
-                         remedy="--into dense")  # fmt: skip
-
-
-def _merge_packed(
-    adapter: str | Path, opened: Opened, base: str | None, into: str
-) -> tuple[Opened, fold.FoldReport, dict[str, Any]]:
-    """Both merges, one after the other; the one asked for is what comes back."""
-    assert opened.method is not None
-    both = fold.PackedFold(opened.method, opened.model)
-    quantised = both.requantise()
-    said = {"into": into, "stored": quantised.dtype, "difference_into_dense": None,
-            "difference_into_quantised": quantised.max_abs_logit_difference}  # fmt: skip
-    other = open_target(adapter, base=base, dense=True)
-    assert other.method is not None
-    if format_of(other.model) != "none":
-        if into == "dense":
-            raise UsageError("the base's own files are quantised: there is no dense base", where="--into", value=into,
-                             remedy="--into quantised")  # fmt: skip
-        return opened, quantised, said
-    fold.fold(other.method, other.model)
-    dense = both.against(other.model, quantised.dtype)
-    said["difference_into_dense"] = dense.max_abs_logit_difference
-    return (other, dense, said) if into == "dense" else (opened, quantised, said)
+    return merge_adapter(adapter, out, base=base, into=into, on=on)

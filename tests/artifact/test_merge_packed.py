@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,16 @@ from luthier import run
 from luthier.artifact.adapter import load_adapter, read_adapter, save_adapter
 from luthier.cli.main import door
 from luthier.contracts.errors import UsageError
+from luthier.data.prepare import prepare
 from luthier.methods.lora import LoRA
 from luthier.models.load import load_model, save_whole
 from luthier.models.quantise import format_of, quantise
 from luthier.opened import open_target, storage_of
-from luthier.recipe.recipe import ModelSection
+from luthier.recipe.recipe import DataSection, DataSource, ModelSection
 from methods.rig import stir
 from tiny import tiny, tiny_tokenizer
 
+GOLDEN = Path(__file__).parents[1] / "golden/grouped"
 TOKENS = torch.randint(0, 300, (3, 21), generator=torch.Generator().manual_seed(2))
 
 
@@ -108,24 +111,75 @@ def test_a_dense_base_has_no_quantised_merge(tmp_path: Path) -> None:
     assert "into" not in run.merge(saved, tmp_path / "out", into="dense")
 
 
-def test_a_base_whose_files_are_packed_has_no_dense_merge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "gptq", "awq"])
+def test_a_base_whose_files_are_packed_unpacks_for_a_dense_merge(kind: str, tmp_path: Path) -> None:
+    """Nothing is lost there but rounding; packed again, the change is rounded to the same grid."""
     tokenizer = tiny_tokenizer()
-    base = save_whole(quantise(tiny("llama"), "nf4"), tokenizer, tokenizer.chat_template, tmp_path / "base")
+    if kind == "nf4":
+        base = save_whole(quantise(tiny("llama"), "nf4"), tokenizer, tokenizer.chat_template, tmp_path / "base")
+    else:
+        base = Path(shutil.copytree(GOLDEN / kind, tmp_path / "base"))
+        tokenizer.save_pretrained(base)
     model, method = opened(base), LoRA(r=2)
     method.attach(model)
     stir(model)
     saved = save_adapter(tmp_path / "adapter", method, model, base_path=str(base))
     tokenizer.save_pretrained(saved)
-    with pytest.raises(UsageError, match="no dense base"):
-        run.merge(saved, tmp_path / "out", into="dense")
-    report = run.merge(saved, tmp_path / "out", into="quantised")
-    assert report["difference_into_dense"] is None
-    assert report["difference_into_quantised"] > 0
+    assert storage_of(saved) == kind
+    assert torch.equal(logits(open_target(saved).model), logits(model))
+    report = run.merge(saved, tmp_path / "out", into="dense")
+    merged = opened(tmp_path / "out")
+    assert format_of(merged) == "none"
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=1e-4)
+    assert report["dense_is_unpacked"]
+    assert report["difference_into_dense"] < 1e-4 < report["difference_into_quantised"]
+    again = run.merge(saved, tmp_path / "packed", into="quantised")
+    packed = opened(tmp_path / "packed")
+    assert format_of(packed) == kind
+    untouched = opened(base)
+    assert (logits(packed) - logits(model)).norm() < (logits(untouched) - logits(model)).norm()  # the change is in it
+    away = float((logits(packed) - logits(model)).abs().max())
+    assert away > 1e-4
+    assert again["difference_into_quantised"] == report["difference_into_quantised"]
+    if kind != "nf4":
+        scales = {n: b for n, b in untouched.named_buffers() if n.endswith((".scale", ".zero", ".places"))}
+        found = dict(packed.named_buffers())
+        assert len(scales) >= 14
+        assert all(torch.equal(found[name], value) for name, value in scales.items())
+
+
+def test_the_loss_is_measured_beside_the_logits(adapter: tuple[Path, nn.Module, str], tmp_path: Path) -> None:
+    """On rows of one's own: the loss of the next token of the adapted model, and of both merges."""
+    directory, model, _ = adapter
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The cat sat on the mat and looked at the moon."}\n{"text": "Once upon a time."}\n')
+    report = run.merge(directory, tmp_path / "out", into="dense", on=str(rows))
+    assert report["tokens"] > 10
+    merged = opened(tmp_path / "out")
+    for name, one in (("loss_adapted", model), ("loss_merged", merged)):
+        assert abs(report[name] - mean_loss(one, directory, rows)) < 1e-5
+    assert report["loss_into_dense"] == report["loss_merged"] != report["loss_adapted"]
+    assert report["loss_into_quantised"] not in (report["loss_into_dense"], report["loss_adapted"])
+
+
+def mean_loss(model: nn.Module, directory: Path, rows: Path) -> float:
+    section = DataSection(train=(DataSource(path=str(rows)),))
+    samples = prepare(section, open_target(directory).encoder, seed=0, kinds=("Text",)).train
+    total, count = 0.0, 0
+    for sample in samples:
+        ids = torch.tensor([[int(token) for piece in sample.pieces for token in piece.tokens]])
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    return total / count
 
 
 def test_the_command_prints_both(adapter: tuple[Path, nn.Module, str], tmp_path: Path) -> None:
     done = CliRunner().invoke(door, ["merge", str(adapter[0]), "--out", str(tmp_path / "out"), "--into", "dense"])
     assert done.exit_code == 0, done.output
-    assert "into the dense base" in done.output
-    assert "into the quantised base" in done.output
+    assert "into the dense base: largest difference" in done.output
+    assert "into the quantised base: largest difference" in done.output
+    assert done.output.count("perplexity") == 3
+    assert done.output.count(", written") == 1
     assert f"a base in {adapter[2]}" in done.output

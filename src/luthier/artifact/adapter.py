@@ -28,7 +28,7 @@ from luthier.artifact.tensor_file import read_tensors
 from luthier.contracts.errors import LuthierError, ModelError, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names, token_rows
-from luthier.models.quantise import format_of, is_double
+from luthier.models.quantise import FORMATS, format_of, is_double
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import PEFT_HEADS, SCORES, score_head
 from luthier.models.sites import detach, locate
@@ -53,9 +53,14 @@ class AdapterFile:
         return self.side.get("base", {}).get("path") or self.config.get("base_model_name_or_path")
 
     @property
+    def base_format(self) -> str:
+        """The format that the base was in."""
+        return str(self.side.get("base", {}).get("quantization", "none"))
+
+    @property
     def base_storage(self) -> dict[str, Any]:
-        """The fields of `model` for the format that the base was in, where it was in one."""
-        names = ("quantization", "double_quantization")
+        """The fields of `model` for the format that the base was in, where it was in one that a recipe asks for."""
+        names = ("quantization", "double_quantization") if self.base_format in FORMATS else ()
         return {name: self.side["base"][name] for name in names if name in self.side.get("base", {})}
 
     @property

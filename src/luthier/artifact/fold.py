@@ -7,7 +7,8 @@ logit; by dtype) is refused before anything is written. Of a reward model, the s
 logits. Of an adapter trained on a packed base there are two merges, neither exact: `fold_packed` makes both measurable
 against the adapted model itself. Left out: a choice between the two.
 
-    dense      into the base as its files are: the adapter learnt to live with a rounding that is gone
+    dense      into the base as its files are: the adapter learnt to live with a rounding that is gone. Where the files
+               themselves are packed, into what they unpack to: then nothing is lost but rounding
     quantised  unpacked, changed, packed again: the change is rounded with the weight
 """
 
@@ -19,11 +20,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from luthier.contracts.errors import NotMergeable, NumericError
 from luthier.contracts.method import Method
-from luthier.models.quantise import densify, format_of, is_double, quantise
+from luthier.models.quantise import densify, format_of, packed_linears, repack
 from luthier.models.score_head import every_output
+from luthier.models.sites import original_name
 from luthier.models.switch import native_attention
 from luthier.models.token_rows import merge_rows
 
@@ -41,6 +44,8 @@ class FoldReport:
     probe_tokens: int
     tolerance: float  # the difference may be this share of the largest logit
     dtype: str
+    loss_before: float | None = None  # mean loss of the next token on the probe rows, of the adapted model
+    loss_after: float | None = None  # and of the merged one
 
 
 def fold(
@@ -58,7 +63,7 @@ def fold(
         method.merge(model)
         merge_rows(model)
         after = _logits(model, rows)
-    report = _compare(before, after, allowed, str(dtype).removeprefix("torch."))
+    report = _compare(rows, before, after, allowed, str(dtype).removeprefix("torch."))
     if not report.max_abs_logit_difference <= allowed * max(1.0, report.max_abs_logit):
         raise NumericError(
             "the merged model is not the adapted one: nothing was written",
@@ -84,17 +89,18 @@ class PackedFold:
             self.before = _logits(model, self.rows)
 
     def requantise(self) -> FoldReport:
-        """W' unpacked to fp32, the change added, and packed again, in place."""
-        name, double = format_of(self.model), is_double(self.model)
+        """W' unpacked to fp32, the change added, and packed again in the same format, in place."""
+        name = format_of(self.model)
+        before = {original_name(path): module for path, module in packed_linears(self.model).items()}
         densify(self.model, torch.float32)
         self.method.merge(self.model)
         merge_rows(self.model)
-        return self.against(quantise(self.model, name, double=double), name)
+        return self.against(repack(self.model, before), name)
 
     def against(self, merged: nn.Module, stored: str) -> FoldReport:
         """How far a merged model is from the adapted one."""
         with _evaluating(merged):
-            return _compare(self.before, _logits(merged, self.rows), float("inf"), stored)
+            return _compare(self.rows, self.before, _logits(merged, self.rows), float("inf"), stored)
 
 
 def _random_rows(model: nn.Module) -> list[list[int]]:
@@ -110,7 +116,9 @@ def _logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         return [every_output(model, torch.tensor([row], device=device))[0].float() for row in rows]
 
 
-def _compare(before: list[Tensor], after: list[Tensor], tolerance: float, dtype: str) -> FoldReport:
+def _compare(
+    rows: list[list[int]], before: list[Tensor], after: list[Tensor], tolerance: float, dtype: str
+) -> FoldReport:
     differences = [float((a - b).abs().max()) for a, b in zip(before, after, strict=True)]
     same = sum(_same_choices(a, b) for a, b in zip(before, after, strict=True))
     tokens = sum(len(row) for row in before)
@@ -122,7 +130,22 @@ def _compare(before: list[Tensor], after: list[Tensor], tolerance: float, dtype:
         probe_tokens=tokens,
         tolerance=tolerance,
         dtype=dtype,
+        loss_before=_loss(rows, before),
+        loss_after=_loss(rows, after),
     )
+
+
+def _loss(rows: list[list[int]], logits: list[Tensor]) -> float | None:
+    """Mean loss of each next token of the rows, fp64 sums; None where there is no vocabulary or no next token."""
+    if logits[0].shape[-1] == 1 or (count := sum(len(row) - 1 for row in rows)) == 0:
+        return None
+    total = sum(
+        float(
+            functional.cross_entropy(scores[:-1].double(), torch.tensor(row[1:], device=scores.device), reduction="sum")
+        )
+        for row, scores in zip(rows, logits, strict=True)
+    )
+    return total / count
 
 
 def _same_choices(before: Tensor, after: Tensor) -> int:

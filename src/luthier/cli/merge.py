@@ -7,6 +7,7 @@ was trained on a quantised base has two merges: `--into` says which, and both ar
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -19,14 +20,16 @@ import click
 @click.option(
     "--into",
     type=click.Choice(["dense", "quantised"]),
-    help="Of a base that was quantised in training: dense takes it as its files are, quantised in its format.",
+    help="Of a base that was quantised in training: dense takes it as its files are (unpacked, where they are packed), "
+    "quantised in its format.",
 )
+@click.option("--on", type=click.Path(), help="Rows to measure on (their first 512 tokens); without any, random ids.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object.")
-def command(adapter: str, out: str, base: str | None, into: str | None, as_json: bool) -> None:
+def command(adapter: str, out: str, base: str | None, into: str | None, on: str | None, as_json: bool) -> None:
     """Fold ADAPTER (an adapter or run directory) into its base; prints the measured difference of logits."""
     from luthier import run
 
-    report: dict[str, Any] = run.merge(adapter, out, base=base, into=into)
+    report: dict[str, Any] = run.merge(adapter, out, base=base, into=into, on=on)
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -37,10 +40,17 @@ def command(adapter: str, out: str, base: str | None, into: str | None, as_json:
         f"over {report['tokens']} tokens{greedy}"
     )
     if "into" in report:
-        dense = report["difference_into_dense"]
+        unpacked = " (unpacked: its files are in that format)" if report["dense_is_unpacked"] else ""
         click.echo(
-            f"the adapter was trained on a base in {report['stored']}; against that, merged into the dense base "
-            f"{'(there is none)' if dense is None else format(dense, '.2e')}, into the quantised base "
-            f"{report['difference_into_quantised']:.2e}; "
-            f"written: {report['into']}"
+            f"the adapter was trained on a base in {report['stored']}; against that, on "
+            f"{report['on'] or 'random ids'}{_loss(report['loss_adapted'])}:"
         )
+        for name, more in (("dense", unpacked), ("quantised", "")):
+            click.echo(
+                f"  merged into the {name} base{more}: largest difference {report[f'difference_into_{name}']:.2e}"
+                f"{_loss(report[f'loss_into_{name}'])}{', written' if name == report['into'] else ''}"
+            )
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f", loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):,.2f})"

@@ -2,7 +2,8 @@
 
     packed(linear, format)   the linear as that format keeps it      dense(module)  its inverse, up to the rounding
     quantise(model, format)  every linear of the body, in place      densify(model) its inverse
-    format_of(model)         nf4, int8, fp8 or none
+    repack(model, before)    after a change, each linear in the format that it had before it was made dense
+    format_of(model)         nf4, int8, fp8, of files also gptq and awq, or none
 
 Stay as they are: the head and embeddings (tied ones too), norms, a score head, and linears whose weight the model reads
 without calling them. Experts that are kept as one 3-D tensor are refused by name: a model whose larger part stayed
@@ -11,6 +12,7 @@ dense would not be what was asked for. Left out: choosing a format for each laye
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,9 +82,25 @@ def quantise(model: nn.Module, name: str, *, double: bool = True) -> nn.Module:
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Every packed linear an ordinary one again, in place; in `dtype`, else in that of the model's other weights."""
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for path, module in [(n, m) for n, m in model.named_modules() if is_packed(m)]:
+    for path, module in packed_linears(model).items():
         replace(model, path, dense(module, dtype))
     return model
+
+
+@torch.no_grad()
+def repack(model: nn.Module, before: Mapping[str, Packed]) -> nn.Module:
+    """Linears that were packed once, and may have changed since, each in the format that it had, in place."""
+    for path, module in before.items():
+        linear: Any = model.get_submodule(path)
+        made = module.again(read(linear).contiguous(), linear.bias)
+        made.turned = module.turned
+        replace(model, path, made.train(linear.training))
+    return model
+
+
+def packed_linears(model: nn.Module) -> dict[str, Packed]:
+    """Path -> linear of everything that is in a format."""
+    return {path: module for path, module in model.named_modules() if is_packed(module)}
 
 
 def format_of(model: nn.Module) -> str:

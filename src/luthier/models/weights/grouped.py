@@ -1,11 +1,11 @@
 """Integers of 2, 3, 4 or 8 bits with a scale and a zero for every group of inputs: what GPTQ and AWQ files hold.
 
-    w'[o, i] = scale[o, g(i)] * (code[o, i] - zero[o, g(i)])        g(i) = i // group, or a table where the files have one
+    w'[o, i] = scale[o, g(i)] * (code[o, i] - zero[o, g(i)])     g(i) = i // group, or a table in the files
 
 GPTQ is arXiv:2210.17323, AWQ arXiv:2306.00978; how they chose the numbers is their own affair, here they are read. The
-codes of a row are one stream of bits, lowest first, in the order of the inputs: for GPTQ that is the file's own order of
-bits, its words only laid row by row. The difference is exact in fp32 and the product is rounded once there, and once
-more to the dtype asked for: in fp16 that is to the bit what the programs that wrote the files compute.
+codes of a row are one stream of bits, lowest first, in the order of the inputs: for GPTQ that is the file's own order,
+its words only laid row by row. The difference is exact in fp32 and the product is rounded once there, and once more to
+the dtype asked for: in fp16 that is to the bit what the programs that wrote the files compute.
 
 `nearest` puts other numbers on the same grid, scales and zeros kept: what a merge into the packed base writes. Nothing
 is calibrated. A format is a subclass that names itself; how its files are laid out is in the file of the format.

@@ -159,6 +159,9 @@ class NF4Linear(Packed):
     def pack(cls, weight_OD: Tensor, bias: nn.Parameter | None, *, double: bool = True) -> NF4Linear:
         return cls(quantise(weight_OD, double=double), bias)
 
+    def again(self, weight_OD: Tensor, bias: nn.Parameter | None) -> NF4Linear:
+        return self.pack(weight_OD, bias, double=self.nested_absmax is not None)
+
     def stored(self) -> NF4:
         """What the pure functions take."""
         codes, shape = self.weight.detach().view(-1), (self.out_features, self.in_features)

@@ -41,6 +41,10 @@ class Packed(nn.Linear):
         """From numbers; `double`: scales are quantised too, where the format has that."""
         raise NotImplementedError
 
+    def again(self, weight_OD: Tensor, bias: nn.Parameter | None) -> Packed:
+        """Other numbers in the format of this one."""
+        return self.pack(weight_OD, bias)
+
     def fill(self, out: Tensor) -> None:
         """Write the matrix into a contiguous (out, in) tensor of any floating point dtype."""
         raise NotImplementedError
