@@ -43,7 +43,7 @@ from luthier.engine.task import Reference, Run
 from luthier.engine.threads import settle_threads
 from luthier.models.load import Loaded, TextSide, load_model, load_text
 from luthier.models.probe import open_trunk
-from luthier.models.quantise import format_of, is_double
+from luthier.models.quantise import format_of, is_double, lifts_digest
 from luthier.models.score_head import HEAD
 from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.sites import base_state
@@ -181,7 +181,9 @@ def _open(
         )  # fmt: skip
     dtype = torch.float32 if method.trains_base else precision.frozen
     seed = seed_of("score head", recipe.train.seed)
-    loaded = load_model(recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed)
+    loaded = load_model(
+        recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed, before_packing=method.before_packing
+    )
     return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
 
 
@@ -208,7 +210,7 @@ def _cached(work: Assembled) -> Cached:
     stored = sorted({str(p.dtype) for p in base_state(loaded.model).values()})
     facts = {
         "base": loaded.fingerprint, "added_tokens": sorted(loaded.added), "stored": stored,
-        "format": [format_of(loaded.model), is_double(loaded.model)],
+        "format": [format_of(loaded.model), is_double(loaded.model), lifts_digest(loaded.model)],
         "precision": work.precision.name, "device": work.device.type, "path": trunk.path, "kernel": trunk.facts.kernel,
         "luthier": luthier.__version__, **{name: version(name) for name in ("torch", "transformers")},
     }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from luthier.artifact.adapter import CONFIG, load_adapter, read_adapter
+from luthier.artifact.adapter import CONFIG, before_packing, load_adapter, read_adapter
 from luthier.contracts.errors import ModelError, UsageError
 from luthier.contracts.method import Method
 from luthier.contracts.record import Chat, Completion, Source, Text
@@ -102,7 +102,8 @@ def open_target(
     device = resolve_device("auto")
     try:
         reads = adapter.reads if adapter is not None else "saved"
-        loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device, reads=reads)
+        loaded = load_model(section, dtype=resolve_precision("auto", device).frozen, device=device, reads=reads,
+                            before_packing=None if adapter is None else before_packing(adapter))  # fmt: skip
     except ModelError as error:
         if adapter is None or base is not None:
             raise

@@ -3,6 +3,7 @@
     nf4      matrices: codes, scales, what they give back; the second quantisation of the scales; the dynamic maps
     int8     a matrix, row by row
     qlora    a small llama with PEFT's LoRA on bitsandbytes' Linear4bit: logits, and the gradients of the adapter
+    loftq    PEFT's `loftq_init` on bitsandbytes' codes: what it leaves of a matrix, and the pair, after 1 and 5 rounds
     model/   that llama as transformers and bitsandbytes save it
 
 In an environment that has bitsandbytes, peft, transformers and safetensors, with this repository's `tests` on the path:
@@ -11,12 +12,14 @@ PYTHONPATH=tests python tests/golden/make_bitsandbytes.py
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import bitsandbytes
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from peft import LoraConfig, get_peft_model
+from peft.utils import loftq_utils
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -82,6 +85,20 @@ def qlora() -> None:
     write("qlora", {**tensors, "tokens": tokens, "logits": scores})
 
 
+def loftq() -> None:
+    """PEFT's function moves the weight to a GPU; nothing in it needs one, so the same code runs here on "cpu"."""
+    code = loftq_utils.loftq_init.__wrapped__.__code__
+    here = code.replace(co_consts=tuple("cpu" if value == "cuda" else value for value in code.co_consts))
+    loftq_init = torch.no_grad()(types.FunctionType(here, vars(loftq_utils), argdefs=(1,)))
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(4)) / 8
+    tensors = {"weight": weight}
+    for rounds in (1, 5):
+        left, a, b = loftq_init(weight.clone(), num_bits=4, reduced_rank=6, num_iter=rounds)
+        tensors |= {f"{rounds}.left": left, f"{rounds}.a": a, f"{rounds}.b": b}
+    write("loftq", tensors)
+
+
 if __name__ == "__main__":
     matrices()
+    loftq()
     qlora()

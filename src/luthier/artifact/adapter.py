@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from luthier.artifact.tensor_file import read_tensors
 from luthier.contracts.errors import LuthierError, ModelError, RecipeError
 from luthier.contracts.method import Method
 from luthier.models import peft_names, token_rows
-from luthier.models.quantise import FORMATS, format_of, is_double
+from luthier.models.quantise import FORMATS, format_of, is_double, packed_linears, start_of
 from luthier.models.replace import replace_directory
 from luthier.models.score_head import PEFT_HEADS, SCORES, score_head
 from luthier.models.sites import detach, locate
@@ -64,6 +65,11 @@ class AdapterFile:
         return {name: self.side["base"][name] for name in names if name in self.side.get("base", {})}
 
     @property
+    def base_start(self) -> str:
+        """The start that is part of the packed base that it was trained on (models/packed_starts.py), or empty."""
+        return str(self.side.get("base", {}).get("start") or "")
+
+    @property
     def reads(self) -> str:
         """`scores` where it makes a reward model of its base, else `logprobs`."""
         return "scores" if self.config.get("task_type") == SCORES else "logprobs"
@@ -91,6 +97,7 @@ def save_adapter(
     own = {name: value for name, value in _plain(asdict(method)).items() if name not in config}  # type: ignore[call-overload]
     stored = {} if (kind := format_of(model)) == "none" else {
         "quantization": kind, "double_quantization": is_double(model),
+        **({"start": started} if (started := start_of(model)) else {}),
     }  # fmt: skip
     side = {
         "format": _FORMAT, "method": type(method).__module__.rpartition(".")[2], "fields": own,
@@ -137,6 +144,7 @@ def load_adapter(
             remedy="load its own base",
         )  # fmt: skip
     _check_head(file, model)
+    _check_start(file, model)
     method = _method_of(file)
     for note in file.notes:
         notes.append(note) if notes is not None else warnings.warn(note, stacklevel=2)
@@ -158,6 +166,33 @@ def _check_head(file: AdapterFile, model: nn.Module) -> None:
         what = "a reward model's (SEQ_CLS), and the base was loaded as a language model"
         other = "a language model's, and the base was loaded as a reward model"
         raise ModelError(f"the adapter is {what if file.reads == 'scores' else other}", where=str(file.directory))
+
+
+def before_packing(file: AdapterFile) -> Callable[[nn.Module], Any] | None:
+    """For `load_model`: the start that is part of this adapter's base, from its own tensors; None without one."""
+    if not (start := file.base_start):
+        return None
+    method = _method_of(file)
+    return lambda model: method.before_packing(model, start, file.tensors)
+
+
+def _check_start(file: AdapterFile, model: nn.Module) -> None:
+    """A packed base must carry this adapter's start, or none; on a dense base the adapter is the change since it."""
+    there = {path: module for path, module in packed_linears(model).items() if module.start}
+    if not there and (not file.base_start or format_of(model) == "none"):
+        return
+    pairs = {path: file.tensors.get(f"{peft_names.PREFIX}{path}.lora_A.weight") for path in there}
+    same = all(
+        a_RD is not None and module.lift_A is not None
+        and torch.equal(a_RD[len(a_RD) // 2 :].to(module.lift_A), module.lift_A)
+        for module, a_RD in zip(there.values(), pairs.values(), strict=True)
+    )  # fmt: skip
+    if not (there and same and file.base_start):
+        raise ModelError(
+            f"the adapter belongs to a base that was packed after its start ({file.base_start or 'none'}) was taken "
+            "off, and this base was not", where=str(file.directory), value=start_of(model) or "none",
+            remedy="open the adapter by its own path (luthier.load), or load the base dense",
+        )  # fmt: skip
 
 
 def _method_of(file: AdapterFile) -> Method:

@@ -60,6 +60,14 @@ class Method:
         """Itself, with what its fields say in words read into token ids; asked before `attach` in a training."""
         return self
 
+    def before_packing(
+        self, model: nn.Module, start: str | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Callable[..., Any] | None:
+        """For a base that is packed while it is read: what to do with each matrix just before, or None
+        (models/packed_starts.py). The model has no weights yet. `start`, `tensors`: of an adapter's file, to make that
+        start again."""
+        return None
+
     def check(self, model: nn.Module) -> None:
         """Before a training: RecipeError for a field that names nothing in this model. Not asked of loaded files."""
 

@@ -2,25 +2,30 @@
 
     pissa, pissa_niter_N, olora   the pair starts as part of the weight, and that start is taken off again
     orthogonal                    neither matrix is zero and their product is
-    loftq                         the base is put into NF4 in place, and the pair makes up for what that lost
+    loftq, loftq_niter_N          the pair makes up for what rounding the base lost, after one round or N
     eva                           as `true`, until rows were seen (methods/_eva.py)
 
-The maths is in models/low_rank_starts.py. The base is read once, here, and stays as it is but for loftq: there its
-original is kept beside it, so that `off` and the reference policy are the base as it was loaded (those matrices are
-in memory twice). LoftQ's later iterations are left out: they end in a base of their own, which no small file can name.
+The maths is in models/low_rank_starts.py. A dense base is read once, here, and stays as it is but for loftq, which
+puts it into NF4 in place: its original is kept beside it, so that `off` and the reference policy are the base as it
+was loaded (those matrices are in memory twice). A base that is packed while it is read (`model.quantization`) is asked
+matrix by matrix before that, and carries its start from then on (models/packed_starts.py). LoftQ's further rounds are
+for that only: on a dense base they end in a base of their own, which no small file can name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.contracts.errors import RecipeError
-from luthier.models import low_rank_starts, weights
+from luthier.models import low_rank_starts, packed_starts, weights
 from luthier.models.low_rank import LowRank
+from luthier.models.packed_starts import Before, Begun, Rounded
 from luthier.models.sites import features, put_in_place
 from luthier.models.weights import nf4
 
@@ -41,9 +46,44 @@ def is_difference(init: bool | str) -> bool:
     return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
 
 
+def reads_weight(init: bool | str) -> bool:
+    """The start is made of the base's weight."""
+    return is_difference(init) or (isinstance(init, str) and init.startswith("loftq"))
+
+
+def before_packing(init: str, wanted: Mapping[str, tuple[int, float]], dtype: torch.dtype) -> Before:
+    """What this start does with the matrices of some paths (rank and scale of each) before they are packed."""
+
+    def before(path: str, weight_OD: Tensor, rounded: Rounded) -> Begun | None:
+        if path not in wanted:
+            return None
+        return packed_starts.begin(init, weight_OD, *wanted[path], dtype, rounded)
+
+    return before
+
+
+def again_before_packing(
+    start: str, scales: Callable[[str], float], tensors: Mapping[str, Tensor], prefix: str
+) -> Before:
+    """The same from the second halves of a file's pairs: [A; A0] and [B, -B0]."""
+
+    def before(path: str, weight_OD: Tensor, rounded: Rounded) -> Begun | None:
+        a_RD, b_OR = (tensors.get(f"{prefix}{path}.lora_{letter}.weight") for letter in "AB")
+        if a_RD is None or b_OR is None:
+            return None
+        half = len(a_RD) // 2
+        return packed_starts.again(start, weight_OD, a_RD[half:], -b_OR[:, half:], scales(path), rounded)
+
+    return before
+
+
 def check_name(init: bool | str, doc: str) -> None:
     """RecipeError for a start that is not one of ours; PEFT's others by name."""
-    if init in PLAIN or init in NAMED or (isinstance(init, str) and re.fullmatch(r"pissa_niter_[1-9]\d{0,2}", init)):
+    if (
+        init in PLAIN
+        or init in NAMED
+        or (isinstance(init, str) and re.fullmatch(r"(pissa|loftq)_niter_[1-9]\d{0,2}", init))
+    ):
         return
     reason = _OTHERS.get(init) if isinstance(init, str) else None
     raise RecipeError(
@@ -61,15 +101,24 @@ def check_start(path: str, base: nn.Module, rank: int, init: bool | str) -> None
             f"{path} is an embedding, and this start is for linear layers", where=_WHERE, value=init,
             remedy="leave the embedding out of method.target_modules, or use init_lora_weights: true",
         )  # fmt: skip
-    if init != "orthogonal" and not weights.is_dense(base):
+    if init != "orthogonal" and not weights.is_dense(base) and not _lifted(base):
         raise RecipeError(
             f"{path} is stored as {type(base).__name__}, and this start needs the weight before it was rounded",
-            where=_WHERE, value=init, remedy="set model.quantization: none, or use init_lora_weights: true or eva",
+            where=_WHERE, value=init, remedy="give the dense model as model.path (model.quantization: nf4 packs it "
+            "after the start), or set model.quantization: none, or use init_lora_weights: true or eva",
         )  # fmt: skip
+    if str(init).startswith("loftq_niter") and not _lifted(base):
+        raise RecipeError("loftq goes round more than once only on a base that is packed", where=_WHERE, value=init,
+                          remedy="set model.quantization: nf4, or use init_lora_weights: loftq")  # fmt: skip
     if init == "orthogonal" and rank % 2:
         raise RecipeError(f"an orthogonal start needs an even rank, and {path} has {rank}", where=_WHERE, value=init,
                           remedy=f"use a rank of {rank + 1}")  # fmt: skip
     check_rank(path, base, rank)
+
+
+def _lifted(base: Any) -> bool:
+    """Packed after its start was taken off."""
+    return weights.is_packed(base) and bool(base.start)
 
 
 def check_rank(path: str, base: Any, rank: int) -> None:
@@ -93,6 +142,9 @@ def start(made: LowRank, base: Any, init: bool | str) -> None:
     if init == "orthogonal":
         inputs, outputs = features(base)
         made.begin(*low_rank_starts.orthogonal(inputs, outputs, made.rank))
+        return
+    if _lifted(base):  # it was made before the base was packed
+        made.begin(base.lift_A, base.lift_B, as_base=True)
         return
     weight_OD = weights.read(base)
     if init == "loftq":

@@ -9,7 +9,9 @@ Defaults are ours where PEFT's are a trap: r 16, alpha 2r, all linear layers.
 Other starts (`init_lora_weights`, methods/_starts.py): pissa and olora train the difference to a start that is taken
 off again, so the base stays whole, and their file is a plain LoRA of rank 2 r, A' = [A; A0], B' = [B, -B0] (PEFT's
 conversion); loftq belongs to the NF4 form of the base, in which it stands during training and again after loading;
-eva looks at the training rows first. `loraplus_lr_ratio`: B learns faster than A (methods/loraplus.py).
+eva looks at the training rows first. With `model.quantization` the first three are made before the base is packed and
+are part of it from then on (models/packed_starts.py).
+`loraplus_lr_ratio`: B learns faster than A (methods/loraplus.py).
 
 Exemption from "no section over 12 fields": parity of names with PEFT is worth more here than a short list;
 everything after `target_modules` is rarely touched. Left out: `target_parameters` (experts stored as one 3-D
@@ -34,9 +36,20 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.methods import _eva
 from luthier.methods._loraplus import loraplus_groups
-from luthier.methods._starts import KEEPS_BASE, LOFTQ, check_name, check_rank, check_start, is_difference, start
+from luthier.methods._starts import (
+    KEEPS_BASE,
+    LOFTQ,
+    again_before_packing,
+    before_packing,
+    check_name,
+    check_rank,
+    check_start,
+    reads_weight,
+    start,
+)
 from luthier.models import peft_names
 from luthier.models.low_rank import DTYPES, LowRank, LowRankEmbedding, check_foldable, fold
+from luthier.models.packed_starts import Before
 from luthier.models.score_head import HEAD, PEFT_HEADS, SCORES, score_head, task_type
 from luthier.models.shared_input import share_inputs
 from luthier.models.sites import (
@@ -45,6 +58,7 @@ from luthier.models.sites import (
     SavedModule,
     Site,
     freeze,
+    is_linear,
     named_sites,
     replace,
     settle_in_place,
@@ -115,9 +129,10 @@ class LoRA(Method):
     )
     layers_pattern: str | tuple[str, ...] | None = _doc(None, "name of the layer list, where it is not found by itself")
     modules_to_save: tuple[str, ...] = _doc((), "modules trained and saved as full copies, e.g. a new lm_head")
-    init_lora_weights: bool | Start | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]{0,2}$")] = _doc(
+    init_lora_weights: bool | Start | Annotated[str, Field(pattern=r"^(pissa|loftq)_niter_[1-9][0-9]{0,2}$")] = _doc(
         True, "true: A uniform, B zero; gaussian, orthogonal: otherwise at random; pissa (pissa_niter_16: faster), "
-        "olora: from the weights; eva: from the rows; loftq: for a base in NF4; false: both random"
+        "olora: from the weights; eva: from the rows; loftq (loftq_niter_5: more rounds): what rounding to NF4 lost; "
+        "false: both random"
     )  # fmt: skip
     lora_bias: bool = _doc(False, "an extra trainable bias on B")
     adapter_dtype: Literal["fp32", "bf16"] = _doc("fp32", "dtype of the adapter's weights: bf16 halves their memory")
@@ -188,10 +203,8 @@ class LoRA(Method):
 
     def delta(self, path: str, base: nn.Module) -> LowRank:
         """What goes beside one module; methods that build on LoRA override this."""
-        rank = self.rank_of(path)
-        alpha = by_pattern(self.alpha_pattern, path, self.alpha)
-        made = (self.embedding if isinstance(base, nn.Embedding) else self.linear)(rank)
-        made.scale = alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        made = (self.embedding if isinstance(base, nn.Embedding) else self.linear)(self.rank_of(path))
+        made.scale = self.scale_of(path)
         made.dropout = self.lora_dropout
         made.make(base, DTYPES[self.adapter_dtype], bias=self.lora_bias, init=self.init_lora_weights)
         start(made, base, self.init_lora_weights)
@@ -199,6 +212,23 @@ class LoRA(Method):
 
     def rank_of(self, path: str) -> int:
         return by_pattern(self.rank_pattern, path, self.r)
+
+    def scale_of(self, path: str) -> float:
+        rank, alpha = self.rank_of(path), by_pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def before_packing(
+        self, model: nn.Module, start: str | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Before | None:
+        if start and tensors is not None:
+            return again_before_packing(start, self.scale_of, tensors, peft_names.PREFIX)
+        if not reads_weight(self.init_lora_weights):
+            return None
+        found = {path: base for path, base in find_targets(model, self.targets(model)).items() if is_linear(base)}
+        for path, base in found.items():
+            check_rank(path, base, self.rank_of(path))
+        wanted = {path: (self.rank_of(path), self.scale_of(path)) for path in found}
+        return before_packing(str(self.init_lora_weights), wanted, DTYPES[self.adapter_dtype])
 
     def check(self, model: nn.Module) -> None:
         check_targets(
@@ -286,6 +316,7 @@ class LoRA(Method):
         inner = [_innermost(site) for site in adapted.values()]
         targets: Any = self.target_modules
         init, by_name = self.init_lora_weights, isinstance(targets, str) and targets.lower() == ALL_LINEAR
+        init = True if any(_has_start(site) for site in adapted.values()) else init
         if by_name or init == "eva":  # eva may have left out some
             targets = shortest_names(model, list(adapted))
         return {
@@ -310,7 +341,7 @@ class LoRA(Method):
             }
             ranks = {path: rank for path, (rank, _) in found.items() if rank != self.r}
             alphas = {path: alpha for path, (_, alpha) in found.items() if alpha != self.alpha}
-        elif is_difference(self.init_lora_weights):
+        elif any(_has_start(site) for site in adapted.values()):
             times, more = 2, math.sqrt(2) if self.use_rslora else 2.0
         return {
             "r": times * self.r, "lora_alpha": _whole(more * self.alpha),
@@ -338,6 +369,11 @@ class LoRA(Method):
         return cls(
             **{"r": 8, "lora_alpha": 8, **known}, init_lora_weights=init if init in ("gaussian", "loftq") else True
         )
+
+
+def _has_start(site: Any) -> bool:
+    """What trains is the difference to a start: the file has both."""
+    return getattr(site.delta, "start_A", None) is not None
 
 
 def _innermost(module: nn.Module) -> nn.Module:

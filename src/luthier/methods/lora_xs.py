@@ -2,7 +2,8 @@
 
     W is near U S V^T, its r leading singular triplets:   A = S V^T (r, in)    B = U (out, r)    both frozen
 
-arXiv:2405.17604. The base stays as it is; W is read once, when the method attaches, so it must be unquantised then.
+arXiv:2405.17604. The base stays as it is; W is read once, when the method attaches, or before it is packed where the
+base is quantised (models/packed_starts.py).
 The decomposition is deterministic, signs settled (models/truncated_svd.py); A and B are kept in files and checkpoints
 all the same, because singular vectors of nearly equal values are not the same everywhere.
 
@@ -43,14 +44,21 @@ from luthier.models.adapting import (
     where,
 )
 from luthier.models.low_rank import low_rank
+from luthier.models.packed_starts import Before, Begun, Rounded
 from luthier.models.sites import AdaptedLinear, Site, features, named_sites, switched_off
-from luthier.models.targets import ALL_LINEAR, Targets, check_targets
+from luthier.models.targets import ALL_LINEAR, Targets, check_targets, find_targets
 from luthier.models.truncated_svd import truncated_svd
-from luthier.models.weights import is_dense
+from luthier.models.weights import is_dense, is_packed
 
 
 def _doc(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
+
+
+def _factors(weight_OD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(A, B): the leading singular vectors, the values on A's side."""
+    u, s, v = truncated_svd(weight_OD, rank)
+    return s[:, None] * v, u
 
 
 class Core(nn.Module):
@@ -129,6 +137,20 @@ class LoRAXS(Method):
     def check(self, model: nn.Module) -> None:
         check_targets(model, self.targets(model), {})
 
+    def before_packing(
+        self, model: nn.Module, start: str | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Before | None:
+        if self.factors == "file" or start:
+            return None
+        wanted = find_targets(model, self.targets(model))
+
+        def before(path: str, weight_OD: Tensor, rounded: Rounded) -> Begun | None:
+            if path not in wanted or self.r > min(weight_OD.shape):  # `attach` says what is wrong with that
+                return None
+            return Begun(weight_OD, *_factors(weight_OD, self.r))
+
+        return before
+
     def attach(self, model: nn.Module) -> None:
         adapt(model, self.targets(model), self._site)
 
@@ -141,17 +163,20 @@ class LoRAXS(Method):
                 remedy=f"at most {min(inputs, outputs)}, or leave the module out by exclude_modules",
             )  # fmt: skip
         weight: Any = linear.weight
-        if self.factors == "svd" and not is_dense(linear):
+        begun = linear.begun if is_packed(linear) else None
+        if self.factors == "svd" and not is_dense(linear) and begun is None:
             raise RecipeError(
                 f"{path} is stored as {type(linear).__name__}, and the start needs the singular vectors of the weight "
                 "before it was rounded", where="model.quantization", value=path,
-                remedy="set model.quantization: none, or use method: lora",
+                remedy="give the dense model as model.path (model.quantization: nf4 packs it after the start), or use "
+                "method: lora",
             )  # fmt: skip
         if self.factors == "file":
             a_RD, b_OR = (torch.zeros(shape, device=weight.device) for shape in ((self.r, inputs), (outputs, self.r)))
+        elif begun is not None:
+            a_RD, b_OR = begun
         else:
-            u, s, v = truncated_svd(weight.T if isinstance(linear, Conv1D) else weight, self.r)
-            a_RD, b_OR = s[:, None] * v, u
+            a_RD, b_OR = _factors(weight.T if isinstance(linear, Conv1D) else weight, self.r)
         core = Core(a_RD, b_OR, self.lora_alpha / self.r, self.lora_dropout)
         if self.init_std and not weight.is_meta:
             core.lora_xs_R.data.copy_(self.init_std * torch.randn(self.r, self.r))  # drawn on the CPU, for every device

@@ -9,7 +9,7 @@ What trains, and in which precision it computes, is decided elsewhere; `dtype` i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import LuthierError, ModelError
 from luthier.models.directory import find_directory, fingerprint, read_json, scan, weight_files
+from luthier.models.packed_starts import Before
 from luthier.models.quantise import check_device, format_of
 from luthier.models.quantised_load import Wanted, forget, quantizer_for, release
 from luthier.models.replace import replace_directory
@@ -40,6 +42,7 @@ from luthier.models.switch import native_attention
 if TYPE_CHECKING:
     from luthier.recipe.recipe import ModelSection
 
+BeforePacking = Callable[[nn.Module], Before | None]
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -84,12 +87,13 @@ def load_text(section: ModelSection) -> TextSide:
 
 def load_model(
     section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu", reads: str = "logprobs",
-    head_seed: int = 0,
+    head_seed: int = 0, before_packing: BeforePacking | None = None,
 ) -> Loaded:  # fmt: skip
     """Model in eval mode, tokenizer, template and stop ids as `section` asks. ModelError otherwise.
 
     `reads`: logprobs (a language model), scores (a reward model, of a language model too: its head is then new), or
-    saved (whichever of the two the directory says).
+    saved (whichever of the two the directory says). `before_packing`: of the model without its weights, what a method
+    does with each matrix before it is packed.
     """
     check_device(section.quantization, device)
     directory = find_directory(section.path, section.revision)
@@ -97,7 +101,7 @@ def load_model(
     reads = ("scores" if saved_with_score else "logprobs") if reads == "saved" else reads
     weight_files(directory)
     with _quiet():
-        model, unexpected = _model(directory, dtype, reads, _wanted(section, directory))
+        model, unexpected = _model(directory, dtype, reads, _wanted(section, directory, before_packing))
         tokenizer = load_tokenizer(directory)
     added = add_tokens(model, tokenizer, section.add_tokens)
     if reads == "scores":
@@ -119,11 +123,11 @@ def load_model(
     )
 
 
-def _wanted(section: ModelSection, directory: Path) -> Wanted | None:
+def _wanted(section: ModelSection, directory: Path, before: BeforePacking | None) -> Wanted | None:
     """The storage format: that of the files, where they are packed already, else the recipe's."""
     if (found := stored_linears(directory)) is None:
         asked = section.quantization
-        return None if asked == "none" else Wanted(asked, section.double_quantization)
+        return None if asked == "none" else Wanted(asked, section.double_quantization, before=before)
     if section.quantization not in ("none", found.format):
         raise ModelError(
             f"the files are in {found.format} already", where="model.quantization", value=section.quantization,

@@ -4,14 +4,18 @@
                 (arXiv:2404.02948); with `niter`, by a randomised decomposition: seconds instead of minutes
     olora       W = Q R:       A = R[:r], B = Q[:, :r]                                      (arXiv:2406.01775)
     loftq       Q = NF4(W):    s B A = the best rank-r part of W - Q: what four bits lost    (arXiv:2310.08659)
+                more rounds:   Q = NF4(W - s B A), and again s B A of W - Q
     orthogonal  a random rotation's odd rows for A and even rows for B, so that B A = 0 though neither is zero
 
 The first two start with s B A far from zero; the caller subtracts that start again (models/low_rank.py), so that the
-model starts as its base. All arithmetic is fp32. The plain starts (uniform, gaussian) are in `LowRank.make`. Left out:
-starts that need gradients (LoRA-GA) or covariances (CorDA).
+model starts as its base. On a base that is packed they come first (models/packed_starts.py). All arithmetic is fp32.
+The plain starts (uniform, gaussian) are in `LowRank.make`. Left out: starts that need gradients (LoRA-GA) or
+covariances (CorDA).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,6 +47,17 @@ def loftq(weight_OD: Tensor, rounded_OD: Tensor, rank: int, scale: float) -> Pai
     The published algorithm leaves the scale out, which is right for lora_alpha = r only; here it is divided out.
     """
     return pissa(weight_OD.float() - rounded_OD.float(), rank, scale)
+
+
+def loftq_rounds(
+    weight_OD: Tensor, rounded: Callable[[Tensor], Tensor], rank: int, scale: float, rounds: int
+) -> tuple[Pair, Tensor]:
+    """(pair of the last round, the matrix whose rounding it makes up for); `rounded`: as the format gives it back."""
+    weight = left_OD = weight_OD.float()
+    for _ in range(rounds - 1):
+        a_RD, b_OR = loftq(weight, rounded(left_OD), rank, scale)
+        left_OD = weight - scale * (b_OR @ a_RD)
+    return loftq(weight, rounded(left_OD), rank, scale), left_OD
 
 
 def orthogonal(inputs: int, outputs: int, rank: int) -> Pair:

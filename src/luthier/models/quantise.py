@@ -12,14 +12,16 @@ dense would not be what was asked for. Left out: choosing a format for each laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.contracts.errors import ModelError
+from luthier.models.packed_starts import Begun, Rounded
 from luthier.models.shapes import shapes_of
 from luthier.models.sites import replace
 from luthier.models.weights import is_packed, read
@@ -50,9 +52,19 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
     return {linear.path: model.get_submodule(linear.path) for linear in shapes.linears}
 
 
-def packed(linear: Any, name: str, *, double: bool = True) -> Packed:
-    """One linear (or Conv1D) in a format; its bias is the same parameter."""
-    made = FORMATS[name].pack(read(linear).contiguous(), linear.bias, double=double)
+def packed(
+    linear: Any, name: str, *, double: bool = True, start: Callable[[Tensor, Rounded], Begun | None] | None = None
+) -> Packed:
+    """One linear (or Conv1D) in a format; its bias is the same parameter. `start` sees the matrix before."""
+    weight_OD = read(linear).contiguous()
+    kind, begun = FORMATS[name], None
+    if start is not None:
+        begun = start(weight_OD, lambda matrix_OD: kind.pack(matrix_OD, None, double=double).matrix())
+    made = kind.pack(weight_OD if begun is None else begun.matrix_OD, linear.bias, double=double)
+    if begun is not None and begun.start:
+        made.lift(begun.a_RD, begun.b_OR, begun.scale, begun.start)
+    elif begun is not None:
+        made.begun = (begun.a_RD, begun.b_OR)
     made.turned = isinstance(linear, Conv1D)
     return made.train(linear.training)
 
@@ -106,6 +118,25 @@ def packed_linears(model: nn.Module) -> dict[str, Packed]:
 def format_of(model: nn.Module) -> str:
     """The format of the model's packed linears, none where there are none."""
     return next((module.format for module in model.modules() if isinstance(module, Packed)), "none")
+
+
+def start_of(model: nn.Module) -> str:
+    """The start that was taken off the matrices before they were packed, and is added again; empty where none was."""
+    return next((module.start for module in model.modules() if isinstance(module, Packed) and module.start), "")
+
+
+def lifts_digest(model: nn.Module) -> str | None:
+    """Of what is added to unpacked matrices: it decides the base's numbers as the files do."""
+    lifted = {path: module for path, module in packed_linears(model).items() if module.start}
+    if not lifted:
+        return None
+    digest = hashlib.sha256()
+    for path, module in lifted.items():
+        digest.update(f"{path} {module.start} {module.lift_scale}".encode())
+        for half in (module.lift_A, module.lift_B):
+            assert half is not None
+            digest.update(half.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_double(model: nn.Module) -> bool:

@@ -5,6 +5,8 @@ registered there under a name of its own. A linear of the body is replaced by it
 been read, and the weight is let go: at no time is there more than the packed part of the model, what stays dense, and
 one matrix. Afterwards nothing of that machinery is left on the model: its configuration is that of the dense one.
 
+A method whose start reads the weight sees each matrix just before it is packed (models/packed_starts.py).
+
 A checkpoint that is packed already (bitsandbytes, GPTQ, AWQ) is taken as it is, codes and scales to the bit
 (models/stored_files.py). Left out: several devices, offload to disk.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.contracts.errors import ModelError
+from luthier.models.packed_starts import Before
 from luthier.models.quantise import packed, quantisable
 from luthier.models.sites import features, is_linear, replace
 from luthier.models.weights.packed import Packed
@@ -38,6 +42,9 @@ class Wanted:
     format: str
     double: bool = True
     stored: Stored | None = None
+    before: Callable[[nn.Module], Before | None] | None = (
+        None  # of the model without weights -> what a method does first
+    )
 
 
 @register_quantization_config(_NAME)
@@ -61,12 +68,13 @@ class _Quantizer(HfQuantizer):
         assert quantization_config.wanted is not None
         self.wanted = quantization_config.wanted
         self.targets: set[str] = set()
-        self.done: set[str] = set()
+        self.before: Before | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         stored = self.wanted.stored
         if stored is None:
             self.targets = {f"{path}.weight" for path in quantisable(model)}
+            self.before = None if self.wanted.before is None else self.wanted.before(model)
         for path in stored or ():
             replace(model, path, _Awaited(_linear(model, path)))
 
@@ -131,7 +139,9 @@ class _Pack(ConversionOps):
             path = name.removesuffix(".weight")
             linear = model.get_submodule(path)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            made = packed(linear, wanted.format, double=wanted.double)
+            before = self.quantizer.before
+            start = None if before is None else partial(before, path)
+            made = packed(linear, wanted.format, double=wanted.double, start=start)
             linear.weight = None
             for part in (made, *made.parameters(), *made.buffers()):
                 part._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -8,6 +8,9 @@ product is made in autocast's dtype, else in x's. `weight` holds codes, an integ
 no cast touches; scales are buffers that keep their fp32 when a model is cast. The matrix is (out, in) row-major,
 whatever module it came from: GPT-2's Conv1D is turned round when it is packed.
 
+Where a method's start was taken off the matrix before it was packed (models/packed_starts.py), `lift` adds it again to
+what is unpacked: W' = packed(W - s B A) + s B A, nearer to W than packed(W). It is part of the base like the codes.
+
 A format is a subclass with `pack` and `fill`. Left out: training W', and second derivatives.
 """
 
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+_LIFT_PIECE = 1 << 20  # numbers widened at once
+
 
 class Packed(nn.Linear):
     """Stands where a linear stood. Subclasses: `format`, `scales` (names of fp32 buffers), `pack` and `fill`."""
@@ -29,12 +34,19 @@ class Packed(nn.Linear):
     format: ClassVar[str]
     scales: ClassVar[tuple[str, ...]] = ()
     turned: bool = False  # it stood for a Conv1D
+    start: str = ""  # the start that was taken off before packing, and is added again
+    lift_scale: float = 0.0
+    lift_A: Tensor | None
+    lift_B: Tensor | None
+    begun: tuple[Tensor, Tensor] | None = None  # what a method drew from the matrix before it was packed
 
     def __init__(self, shape: tuple[int, int], codes: Tensor, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_parameter("bias", bias)
+        self.register_buffer("lift_A", None)  # (R, in)
+        self.register_buffer("lift_B", None)  # (out, R)
 
     @classmethod
     def pack(cls, weight_OD: Tensor, bias: nn.Parameter | None, *, double: bool = True) -> Packed:
@@ -54,6 +66,7 @@ class Packed(nn.Linear):
         made = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         with torch.no_grad():
             self.fill(made)
+            self._lift(made)
         return made
 
     def lent(self, dtype: torch.dtype) -> Tensor:
@@ -63,7 +76,22 @@ class Packed(nn.Linear):
         room = _ROOM.take(self.out_features * self.in_features, dtype).view(self.out_features, self.in_features)
         with torch.no_grad():
             self.fill(room)
+            self._lift(room)
         return room
+
+    def lift(self, a_RD: Tensor, b_OR: Tensor, scale: float, start: str) -> None:
+        """From here on scale * B A is added to what is unpacked."""
+        self.lift_A, self.lift_B, self.lift_scale, self.start = a_RD, b_OR, scale, start
+
+    def _lift(self, out: Tensor) -> None:
+        if self.lift_A is None or self.lift_B is None:
+            return
+        if out.dtype == torch.float32:
+            out.addmm_(self.lift_B, self.lift_A, alpha=self.lift_scale)
+            return
+        step = max(1, _LIFT_PIECE // out.shape[1])
+        for rows, b_OR in zip(out.split(step), self.lift_B.split(step), strict=True):
+            rows.copy_(torch.addmm(rows.float(), b_OR, self.lift_A, alpha=self.lift_scale))
 
     def packed_bytes(self) -> int:
         """What the matrix takes: codes and scales, without the bias."""
@@ -76,7 +104,7 @@ class Packed(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """Moves go through, casts do not reach the scales."""
-        kept = {name: self._buffers[name] for name in self.scales}
+        kept = {name: self._buffers[name] for name in (*self.scales, "lift_A", "lift_B")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
