@@ -71,7 +71,10 @@ def _closing_lines(report: dict[str, Any]) -> str:
         f"next     {program()} {_use_of(report)}",
     ]
     if report["mergeable"]:
-        lines.append(f"         {program()} merge {result} --out merged")
+        from luthier.opened import storage_of
+
+        into = "" if storage_of(result) == "none" else " --into dense"
+        lines.append(f"         {program()} merge {result} --out merged{into}")
     return "\n".join(lines)
 
 
