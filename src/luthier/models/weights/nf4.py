@@ -11,7 +11,8 @@ The table is the published one, to the last bit, and is never computed here: 8 v
 exact zero (quantiles of a normal distribution by half sums, scaled to [-1, 1]). Two codes lie in one byte, the first
 in the high half. The last block may be short; a block of zeros keeps its zeros. Codes, scales and their second
 quantisation are bitsandbytes'. A byte is unpacked by one look into a table of 256 pairs of values, a piece at a time
-so that it stays in the cache; scales are multiplied in fp32. Left out: FP4, whose codes no method here asks for.
+so that it stays in the cache; scales are multiplied in fp32. On a GPU with bitsandbytes its kernels do that
+(kernels/library_nf4.py). Left out: FP4, whose codes no method here asks for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from luthier.models.kernels import library_nf4
 from luthier.models.weights import dynamic_map
 from luthier.models.weights.dynamic_map import Mapped
 from luthier.models.weights.packed import Packed
@@ -80,6 +82,9 @@ def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def absmax_of(stored: Mapped, offset: Tensor) -> Tensor:
     """The scales that a second quantisation stands for."""
+    if library_nf4.serves_scales(stored.codes.device, CODE):
+        values = dynamic_map.table(stored.codes.device)
+        return library_nf4.scales(stored.codes, stored.absmax, values, dynamic_map.BLOCK) + offset
     return dynamic_map.dequantise(stored) + offset
 
 
@@ -172,4 +177,7 @@ class NF4Linear(Packed):
 
     def fill(self, out: Tensor) -> None:
         stored = self.stored()
-        dequantise_into(out.view(-1), stored.codes, stored.absmax, stored.block)
+        if library_nf4.serves(out, stored.block, CODE):
+            library_nf4.unpack(out, stored.codes, stored.absmax, stored.block)
+        else:
+            dequantise_into(out.view(-1), stored.codes, stored.absmax, stored.block)
