@@ -90,3 +90,19 @@ def test_reading_a_weight_is_one_way_round() -> None:
     assert not weights.is_dense(linear)
     with pytest.raises(ModelError, match="Linear"):
         weights.read(linear)
+
+
+def test_the_nearest_value_is_found_as_a_search_finds_it() -> None:
+    """Every float near every middle, edge and value; ties take the lower; what no weight has stays in the table."""
+    table = torch.tensor(nf4.CODE)
+    middles = (table[1:] + table[:-1]) / 2
+    edges = torch.arange(nf4._CELLS + 1) * (2.0 / nf4._CELLS) - 1.0
+    assert torch.bincount(torch.bucketize(middles, edges)).max() == 1  # no cell holds two
+    assert (middles[:, None] - edges).abs().min() > 1e-5  # none within rounding of an edge
+    ulps = torch.arange(-300, 301)
+    around = torch.cat((middles, edges, table)).view(torch.int32)[:, None] + ulps
+    around = around.view(torch.float32).flatten()
+    drawn = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scaled = torch.cat((around[around.abs() <= 1], drawn, torch.tensor([-1.0, -0.0, 0.0, 1.0])))
+    assert torch.equal(nf4._nearest(scaled).int(), torch.bucketize(scaled, middles, out_int32=True))
+    assert nf4._nearest(torch.tensor([float("nan"), 3.0, -3.0])).max() <= 15

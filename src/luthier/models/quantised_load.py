@@ -171,11 +171,19 @@ def forget(config: Any) -> None:
                 delattr(part, name)
 
 
+def _own(model: nn.Module) -> None:
+    """What is a piece of a mapped file gets memory of its own, so that the file, mostly dense matrices, is let go."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # memory that no allocator of torch gave
+            tensor.data = tensor.data.clone()
+
+
 def release(model: Any) -> None:
     """The model as transformers gives it, without its quantizer: a plain model that has packed linears."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+        _own(model)
     forget(model.config)
     for name in ("is_quantized", "quantization_method"):
         if name in model.__dict__:

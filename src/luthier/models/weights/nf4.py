@@ -36,8 +36,9 @@ CODE = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _SMALLEST = 1e-38  # a block of zeros divides by this
+_CELLS = 512  # of [-1, 1], for finding the nearest value
 _PIECE_BYTES = 1 << 15  # codes unpacked at once on a CPU: 256 KiB of fp32
-_PIECE_NUMBERS = 1 << 20  # weights packed at once
+_PIECE_NUMBERS = 1 << 18  # weights packed at once: what is made of them stays in the cache
 
 
 class NF4(NamedTuple):
@@ -74,10 +75,30 @@ def _quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks / absmax.clamp_min(_SMALLEST)[:, None]
-    table = torch.tensor(CODE, device=flat.device)
-    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8).view(-1)
+    codes = _nearest(scaled.view(-1))
     codes = functional.pad(codes, (0, 1), value=CODE.index(0.0))[: flat.numel() + flat.numel() % 2]  # half a byte left
     return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def _nearest(scaled: Tensor) -> Tensor:
+    """The codes of numbers in [-1, 1]: of the cell that a number is in, and one more above the cell's middle."""
+    codes, middles = _cells(scaled.device)
+    cell = (scaled + 1.0).mul_(_CELLS // 2).to(torch.int32).clamp_(0, _CELLS)
+    return codes.index_select(0, cell).add_(scaled > middles.index_select(0, cell))
+
+
+@cache
+def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell of [-1, 1] the code at its lower edge, and the middle of that value and the next.
+
+    No cell holds two middles, and none lies within rounding of an edge (a test counts them), so that the codes are
+    those of a search through the middles, at a twentieth of its time.
+    """
+    with torch.inference_mode(False):
+        table = torch.tensor(CODE)
+        middles = (table[1:] + table[:-1]) / 2
+        codes = torch.bucketize(torch.arange(_CELLS + 1) * (2.0 / _CELLS) - 1.0, middles)
+        return codes.to(device, torch.uint8), torch.cat((middles, torch.tensor([torch.inf])))[codes].to(device)
 
 
 def absmax_of(stored: Mapped, offset: Tensor) -> Tensor:
