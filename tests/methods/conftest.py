@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.recipe import resolve
-from methods.rig import FAMILIES, NAMES, QUANTISED, Made, base, refused
+from methods.rig import FAMILIES, NAMES, QUANTISED, STORED, Made, base, refused
 
 _PACKED_BY_DAY = ("lora", "dora", "full", "houlsby", "prefix", "ia3", "loreft")
 
@@ -23,6 +23,7 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 def _param(name: str, family: str) -> object:
     """Packed bases go the same way through every method: of most methods that is for the night."""
     night = family in QUANTISED and (name not in _PACKED_BY_DAY or (family == "llama-int8" and name != "lora"))
+    night |= family in STORED and name != "lora"
     return pytest.param((name, family), marks=[pytest.mark.nightly] if night else [])
 
 

@@ -19,7 +19,9 @@ from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
 from luthier.engine.optimizer import build_optimizer
+from luthier.models.load import _model as read_model
 from luthier.models.quantise import quantise
+from luthier.models.stored_files import stored_linears
 from luthier.recipe import resolve
 from tiny import VOCABULARY, tiny
 
@@ -28,7 +30,8 @@ STORIES = STORIES / "models/stories260K-chatml"
 NAMES = resolve.names("methods")
 Made = tuple[Method, nn.Module, str]
 QUANTISED = ("llama-nf4", "llama-int8")  # the same llama in a storage format
-FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories", *QUANTISED)  # stories: small, but really trained
+STORED = {"llama-gptq": "gptq", "qwen2-awq": "awq"}  # files of other programs: golden/grouped
+FAMILIES = ("llama", "qwen2", "gpt2", "qwen3_moe", "stories", *QUANTISED, *STORED)  # stories: small, but really trained
 TOKENS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
@@ -38,6 +41,9 @@ def _made(family: str, tied: bool) -> nn.Module:
         if not STORIES.is_dir():
             pytest.skip(f"no {STORIES}")
         return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    if family in STORED:
+        directory = Path(__file__).parents[1] / "golden/grouped" / STORED[family]
+        return read_model(directory, torch.float32, "logprobs", stored_linears(directory))[0].eval()
     if family in QUANTISED:
         return quantise(tiny("llama"), family.removeprefix("llama-"))
     changes = {"tie_word_embeddings": True} if tied and family != "gpt2" else {}

@@ -18,6 +18,7 @@ from luthier.models.sites import base_state, sites
 from luthier.models.weights import is_packed
 from methods.rig import (
     QUANTISED,
+    STORED,
     TOKENS,
     Made,
     base,
@@ -91,7 +92,7 @@ def test_merge_agrees_or_refuses(made: Made) -> None:
         assert len(caught.value.what) > 20
         return
     tuned = logits(model)
-    if family in QUANTISED and any(is_packed(getattr(site, "base_layer", model)) for site in sites(model)):
+    if family in (*QUANTISED, *STORED) and any(is_packed(getattr(site, "base_layer", model)) for site in sites(model)):
         with pytest.raises(NotMergeable, match="--into dense"):
             method.merge(model)
         assert torch.equal(logits(model), tuned)
