@@ -14,6 +14,7 @@ from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.models.directory import find_directory, read_json, scan
+from luthier.models.weights.grouped import BITS
 from luthier.planner import twin
 from luthier.planner.formats import Stored
 from luthier.planner.head import mode_of
@@ -55,12 +56,13 @@ def plan_of(
     config = config_of(config_words(recipe) if words is None else words)
     shape = read_shape(blank_model(config, objective.reads))
     trained = twin.trained_by(method, config, objective.reads)
-    if trained.base_trained and recipe.model.quantization != "none":
+    stored = stored_of(recipe, config_words(recipe) if words is None else words)
+    if trained.base_trained and stored.name != "none":
         raise RecipeError(
             "this method trains the base's own weights, which a quantised base does not have",
-            where="model.quantization", value=recipe.model.quantization, remedy="set it to none, or use method: lora",
+            where="model.quantization", value=stored.name, remedy="give a dense model and none, or use method: lora",
         )  # fmt: skip
-    setting = setting_of(recipe, objective, trained, device)
+    setting = setting_of(recipe, objective, trained, device, stored)
     return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)))
 
 
@@ -72,14 +74,26 @@ def config_words(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: str) -> Setting:
+def stored_of(recipe: Recipe, words: dict[str, Any]) -> Stored:
+    """How the body's linears lie: as the files have them packed already, else as the recipe asks."""
+    said, double = words.get("quantization_config"), bool(getattr(recipe.model, "double_quantization", True))
+    if not isinstance(said, dict):
+        return Stored(recipe.model.quantization, double)
+    if (method := said.get("quant_method")) in ("gptq", "awq"):
+        bits, group = (said.get(name) for name in ("bits", "group_size"))  # what is no number is refused at the load
+        return Stored(
+            method, bits=bits if bits in BITS else 4, group=group if isinstance(group, int) and group else 128
+        )
+    return Stored("nf4" if said.get("load_in_4bit") else "int8", bool(said.get("bnb_4bit_use_double_quant")))
+
+
+def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: str, stored: Stored) -> Setting:
     """The recipe's words in those of the planner."""
     precision = _precision(recipe, device)
     compute = 4 if precision == "fp32" else 2
     linear = type(objective).coefficients is not Objective.coefficients
-    double = bool(getattr(recipe.model, "double_quantization", True))
     return Setting(
-        device=device, stored=Stored(recipe.model.quantization, double, compute), compute=compute,
+        device=device, stored=replace(stored, dense=compute), compute=compute,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
@@ -124,4 +138,6 @@ def trained_by(section: dict[str, Any], recipe: Recipe, words: dict[str, Any]) -
 def on(planned: Planned, device: str) -> Planned:
     """The same plan on another kind of device."""
     objective: Objective = resolve.build("objectives", planned.recipe.objective)
-    return replace(planned, setting=setting_of(planned.recipe, objective, planned.trained, device))
+    return replace(
+        planned, setting=setting_of(planned.recipe, objective, planned.trained, device, planned.setting.stored)
+    )

@@ -89,3 +89,9 @@ def test_a_gptq_base_trains_evaluates_and_merges(place: Path, capsys: Capture) -
     assert report["stored"] == "gptq"
     assert report["dense_is_unpacked"]
     assert report["difference_into_dense"] < 1e-4
+
+
+def test_a_method_that_trains_weights_on_packed_files(place: Path, capsys: Capture) -> None:
+    words = ["train", str(place / "nf4.yaml"), f"model.path={place / 'packed'}", "model.quantization=none"]
+    said = refused([*words, "method=full"], 2, capsys)
+    assert "give a dense model" in said

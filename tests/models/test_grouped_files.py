@@ -22,7 +22,8 @@ from luthier.models.load import load_model, save_whole
 from luthier.models.quantise import dense, densify, format_of
 from luthier.models.weights import awq, gptq, numbers_of
 from luthier.models.weights.grouped import Grid, GroupedLinear, dequantise, dequantise_plain, nearest, pack, unpack
-from luthier.recipe.recipe import ModelSection
+from luthier.planned import stored_of
+from luthier.recipe.recipe import ModelSection, Recipe
 from methods.rig import stir, train
 from tiny import tiny_tokenizer
 
@@ -188,6 +189,22 @@ def test_a_checkpoint_loads_as_it_is_and_is_saved_as_it_was(kind: str, tmp_path:
     assert said[0] == said[1]
     with pytest.raises(ModelError, match=f"in {kind} already"):
         load(directory, quantization="nf4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_what_the_files_hold(kind: str, tmp_path: Path) -> None:
+    """The bytes of the linears; the table of an act-order, four bytes an input, is left out of a plan."""
+    directory = with_tokenizer(kind, tmp_path)
+    linears = [module for module in load(directory).modules() if isinstance(module, GroupedLinear)]
+    words = json.loads((directory / "config.json").read_text("utf-8"))
+    stored = stored_of(Recipe(model=str(directory), data="rows.jsonl", method="lora"), words)
+    elements = sum(module.in_features * module.out_features for module in linears)
+    tables = sum(4 * len(module.places) for module in linears if module.places is not None)
+    assert stored.name == kind
+    assert stored.linears(elements, 0) == sum(module.packed_bytes() for module in linears) - tables
+    for said, name in (({"load_in_4bit": True}, "nf4"), ({"load_in_8bit": True}, "int8")):
+        config = {**words, "quantization_config": {"quant_method": "bitsandbytes", **said}}
+        assert stored_of(Recipe(model=str(directory), data="rows.jsonl", method="lora"), config).name == name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -118,7 +118,7 @@ class DiffPruning(Method):
                 raise RecipeError(
                     f"{path} is stored in {base.format}, and a difference has a number for every weight: it would take "
                     "many times what the format saves", where="model.quantization", value=base.format,
-                    remedy="set model.quantization: none, or use method: lora",
+                    remedy="give a dense model and model.quantization: none, or use method: lora",
                 )  # fmt: skip
             if others := tied_to(model, path):
                 raise RecipeError(

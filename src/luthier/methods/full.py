@@ -35,7 +35,7 @@ class Full(Method):
             if not parameter.is_floating_point():
                 raise RecipeError(
                     "full fine-tuning needs unquantised weights", where="model.quantization", value=name,
-                    remedy="set model.quantization: none, or use method: lora",
+                    remedy="give a dense model and model.quantization: none, or use method: lora",
                 )  # fmt: skip
             parameter.requires_grad_(True)
 

@@ -2,6 +2,7 @@
 
     nf4    4 bits and a scale for each 64 weights: 32 / 64 bits, or doubly quantised 8 / 64 + 32 / (64 * 256) = 0.127
     int8   8 bits and a float32 scale for each output row          fp8 the same
+    gptq, awq    the files' bits, and a scale and a zero of two bytes each for every group
     AdamW  two float32 averages, 8 bytes; in 8 bits 2 (1 + 4 / 256), tensors below 4,096 elements and embeddings in 32
     GaLore both averages in the subspace and the subspace (models/projection.py counts them)
 
@@ -27,9 +28,11 @@ _EIGHT = 1 + 4 / 256
 class Stored:
     """How frozen linear weights lie in memory."""
 
-    name: str  # none, nf4, int8, fp8
+    name: str  # none, nf4, int8, fp8; of files that are packed already also gptq, awq
     double: bool = True
     dense: int = 4  # bytes of a number that no format packs
+    bits: int = 4  # of gptq and awq
+    group: int = 128  # weights that share a scale there; -1: those of a row
 
     def linears(self, elements: int, rows: int) -> int:
         """Bytes of all linears together."""
@@ -40,6 +43,9 @@ class Stored:
             return math.ceil(elements / 2 + (scales + 4 * scales / NESTED if self.double else 4 * scales))
         if self.name in ("int8", "fp8"):
             return elements + 4 * rows
+        if self.name in ("gptq", "awq"):
+            groups = rows if self.group == -1 else elements / self.group
+            return math.ceil(elements * self.bits / 8 + 4 * groups)
         raise RecipeError("no such storage", where="model.quantization", value=self.name,
                           remedy="use none, nf4, int8 or fp8")  # fmt: skip
 

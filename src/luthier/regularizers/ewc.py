@@ -83,7 +83,7 @@ class EWC(Regularizer):
                 raise RecipeError(
                     f"{change.name} has no ordinary weight whose Fisher information could be measured",
                     where="regularizers.ewc", value=type(change.site.base_layer).__name__,
-                    remedy="set model.quantization: none, or take l2sp",
+                    remedy="give a dense model and model.quantization: none, or take l2sp",
                 )  # fmt: skip
         for change in found:
             if isinstance(change, Product) or not change.new:
