@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import luthier
 from luthier import run
 from luthier.artifact.adapter import SIDE, load_adapter, read_adapter, save_adapter
 from luthier.contracts.errors import ModelError, RecipeError
+from luthier.contracts.event import Saved
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.dora import DoRA
 from luthier.methods.lora import LoRA
@@ -203,6 +205,32 @@ def test_a_resumed_run_is_the_same_run(init: str, directory: Path) -> None:
     second.load_state_dict(state)
     train(method, twin, 2, first=2, optim=second)
     assert torch.equal(logits(twin), logits(model))
+
+
+def test_an_interrupted_training_goes_on(directory: Path, tmp_path: Path) -> None:
+    """Through the whole program: stopped after two of four steps, and resumed, it writes the same adapter."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "completion": f"{i + 1}"}) + "\n" for i in range(24))
+    )
+    written = []
+    for name, stop in (("whole", 0), ("halves", 2)):
+        recipe = luthier.Recipe(
+            model={"path": str(directory), "quantization": "nf4"}, data=str(rows), output_dir=str(tmp_path / name),
+            method={"name": "lora", "r": 4, "init_lora_weights": "pissa_niter_4"},
+            train={"max_steps": 4, "tokens_per_step": 64, "save_every": 1}, engine={"device": "cpu"},
+        )  # fmt: skip
+        if stop:
+            events = iter(luthier.train(recipe))
+            for event in events:
+                if isinstance(event, Saved) and event.step == stop:
+                    break
+            events.close()
+        done = luthier.train(recipe, resume="auto" if stop else None)
+        done.wait()
+        written.append(load_file(done.result / "adapter_model.safetensors"))
+        assert read_adapter(done.result).base_start == "pissa_niter_4"
+    assert all(torch.equal(written[0][key], tensor) for key, tensor in written[1].items())
 
 
 @pytest.mark.parametrize("into", ["dense", "quantised"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,13 +20,14 @@ from luthier.contracts.errors import ModelError
 from luthier.methods.lora import LoRA
 from luthier.models.adapted_linears import Adapted, adapted_linears, adapted_linears_plain
 from luthier.models.load import load_model, save_whole
-from luthier.models.quantise import dense, densify, format_of
-from luthier.models.weights import awq, gptq, numbers_of
+from luthier.models.quantise import dense, densify, format_of, quantisable
+from luthier.models.sites import replace
+from luthier.models.weights import awq, gptq, numbers_of, read
 from luthier.models.weights.grouped import Grid, GroupedLinear, dequantise, dequantise_plain, nearest, pack, unpack
 from luthier.planned import stored_of
 from luthier.recipe.recipe import ModelSection, Recipe
 from methods.rig import stir, train
-from tiny import tiny_tokenizer
+from tiny import tiny, tiny_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden/grouped"
 TOKENS = torch.arange(12)[None]
@@ -219,6 +221,50 @@ def test_an_adapter_trains_on_it_and_comes_back(kind: str, tmp_path: Path) -> No
     again = load(tmp_path / "model")
     load_adapter(saved, again)
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_files_of_the_second_version(tmp_path: Path) -> None:
+    directory = with_tokenizer("gptq", tmp_path)
+    expected = load(directory)(TOKENS).logits
+    files = load_file(directory / "model.safetensors")
+    for name, words in files.items():
+        if name.endswith("qzeros"):
+            files[name] = pack(unpack(words.view(torch.uint8), 4) + 1, 4).view(torch.int32)
+    save_file(files, directory / "model.safetensors", metadata={"format": "pt"})
+    for key in ("checkpoint_format", "format"):  # the key's older and newer name
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        for name in ("checkpoint_format", "format"):
+            config["quantization_config"].pop(name, None)
+        config["quantization_config"][key] = "gptq_v2"
+        (directory / "config.json").write_text(json.dumps(config), "utf-8")
+        model = load(directory)
+        assert torch.equal(model(TOKENS).logits, expected)
+    tokenizer = tiny_tokenizer()
+    again = save_whole(model, tokenizer, tokenizer.chat_template, tmp_path / "again")
+    assert torch.equal(load(again)(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_conv1d_is_turned_in_files_too(bits: int, tmp_path: Path) -> None:
+    """gpt2 keeps its weights the other way round; in GPTQ's files they lie as everybody's."""
+    model, tokenizer = tiny("gpt2"), tiny_tokenizer()
+    expected, said = copy.deepcopy(model), {"quant_method": "gptq", "bits": bits, "group_size": 16, "desc_act": False}
+    for path, linear in quantisable(model).items():
+        weight = read(linear)
+        outputs, inputs = weight.shape
+        scale = weight.reshape(outputs, -1, 16).abs().amax(2).half() / 2 ** (bits - 1)
+        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int16)
+        empty = Grid(torch.zeros(outputs, inputs * bits // 8, dtype=torch.uint8), scale, zero, bits, 16)
+        module = gptq.GPTQLinear(nearest(weight, empty), linear.bias, said)
+        module.turned = True
+        assert (module.matrix() - weight).abs().max() <= 1.2 * scale.float().max()
+        replace(model, path, module)
+        replace(expected, path, dense(module, torch.float32))
+    directory = save_whole(model, tokenizer, tokenizer.chat_template, tmp_path / "packed")
+    found = load(directory)
+    torch.testing.assert_close(found(TOKENS).logits, expected(TOKENS).logits, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(
+        densify(found).state_dict().values(), expected.state_dict().values(), strict=True))  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])

@@ -51,7 +51,9 @@ class ModelSection(Section):
         "auto", "Number format of frozen weights; auto follows engine.precision, float32 costs twice the memory."
     )
     quantization: Literal["none", "nf4", "int8", "fp8"] = _field(
-        "none", "Storage of frozen linear weights; nf4 needs a quarter of bf16's memory (QLoRA)."
+        "none",
+        "Storage of frozen linear weights; nf4 needs a quarter of bf16's memory (QLoRA). none takes a checkpoint "
+        "that is packed already (GPTQ, AWQ, bitsandbytes) as it is.",
     )
     double_quantization: Bool = _field(
         True, "With nf4: its scales in 8 bits too, which saves 0.37 bits a weight; false only to match another program."
