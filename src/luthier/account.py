@@ -34,6 +34,7 @@ from luthier.engine.resident import forget_peak, peak_bytes
 from luthier.engine.task import Outcome
 from luthier.engine.threads import machine
 from luthier.models.load import save_tokenizer, save_whole
+from luthier.models.quantise import format_of, start_of
 from luthier.models.replace import sweep_beside
 from luthier.planning import after, predicted
 from luthier.recipe.document import dump
@@ -122,6 +123,7 @@ def end(work: Assembled, directory: Path, outcome: Outcome) -> dict[str, Any]:
         data=work.prepared.ledger.summary().splitlines(),
         results={name: report[name] for name in ("steps", "final_loss", "eval_loss", "tokens", "scored_tokens")},
         peft=work.method.peft_type in PEFT_TYPES, version=luthier.__version__,
+        base_format=format_of(loaded.model), base_start=start_of(loaded.model),
         recipe=dump(recipe.resolved()),
     )  # fmt: skip
     replace_text(directory / "README.md", card(facts))

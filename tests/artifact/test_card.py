@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -40,6 +41,18 @@ def test_given_facts_are_there_and_no_others() -> None:
         assert part in text
     bare = card(CardFacts(base="b", method="lora"))
     assert "## Data" not in bare and "## Results" not in bare and "## Recipe" not in bare
+
+
+def test_it_says_which_base_the_numbers_belong_to() -> None:
+    assert "## The base" not in card(FACTS)
+    plain = card(replace(FACTS, base_format="nf4"))
+    assert "stored in `nf4`" in plain
+    assert "--into dense" in plain
+    assert "twice the rank" not in plain
+    started = card(replace(FACTS, base_format="nf4", base_start="pissa"))
+    assert "(`pissa`) was taken off" in started
+    assert "twice the rank" in started
+    assert "## The base" not in card(replace(FACTS, base_format="nf4", adapter=False))
 
 
 def test_a_whole_model_and_an_own_layout_say_how_to_load() -> None:

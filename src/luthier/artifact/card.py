@@ -26,6 +26,8 @@ class CardFacts:
     results: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"steps": 100, "final loss": 1.23}
     scores: bool = False  # a reward model: it scores answers and writes none
     peft: bool = True  # PEFT can read the adapter
+    base_format: str = "none"  # the format that the base was stored in
+    base_start: str = ""  # the start that was taken off before it was packed
     version: str = ""
     recipe: str = ""  # the resolved recipe, YAML
 
@@ -40,6 +42,8 @@ def card(facts: CardFacts) -> str:
     if facts.results:
         parts.append(_table("Results", facts.results))
     parts.append(_use(facts))
+    if facts.adapter and facts.base_format != "none":
+        parts.append(_stored(facts))
     if facts.recipe:
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", facts.recipe)), default=0))
         parts.append(f"## Recipe\n\n{fence}yaml\n{facts.recipe.rstrip()}\n{fence}")
@@ -83,6 +87,22 @@ def _use(facts: CardFacts) -> str:
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), DIRECTORY)"
     )
     return f"## Use\n\n`luthier chat DIRECTORY`, `luthier merge DIRECTORY --out MODEL`, or\n\n```python\n{code}\n```"
+
+
+def _stored(facts: CardFacts) -> str:
+    """Which base the numbers belong to, and what the adapter is on another."""
+    lines = [f"## The base\n\nTrained on the base stored in `{facts.base_format}`: luthier opens it so again."]
+    if facts.base_start:
+        lines.append(
+            f"That base was packed after the adapter's start (`{facts.base_start}`) was taken off its matrices, and has "
+            "it added again; luthier makes it anew from the dense files and this adapter. The tensors here are the "
+            "change since that start, as a plain adapter of twice the rank."
+        )
+    lines.append(
+        "On the base in another format the adapter computes nearly the same, not the same: "
+        "`luthier merge DIRECTORY --out MODEL --into dense` (or `--into quantised`) measures how far they are apart."
+    )
+    return " ".join(lines)
 
 
 def _use_of_scores(facts: CardFacts) -> str:
