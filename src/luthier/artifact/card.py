@@ -94,8 +94,8 @@ def _stored(facts: CardFacts) -> str:
     lines = [f"## The base\n\nTrained on the base stored in `{facts.base_format}`: luthier opens it so again."]
     if facts.base_start:
         lines.append(
-            f"That base was packed after the adapter's start (`{facts.base_start}`) was taken off its matrices, and has "
-            "it added again; luthier makes it anew from the dense files and this adapter. The tensors here are the "
+            f"That base was packed after the adapter's start (`{facts.base_start}`) was taken off its matrices, and "
+            "has it added again; luthier makes it anew from the dense files and this adapter. The tensors here are the "
             "change since that start, as a plain adapter of twice the rank."
         )
     lines.append(
