@@ -95,13 +95,12 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
+    device, notes = resolve_device(recipe.engine.device), list[str]()
+    precision = _precision(recipe, device, method, notes)
     if recipe.train.optimizer_in_backward:
-        check_in_backward(method, recipe.train.max_grad_norm, regularizers)
-    device = resolve_device(recipe.engine.device)
-    precision = _precision(recipe, device)
+        check_in_backward(method, recipe.train.max_grad_norm, regularizers, precision)
     settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)
-    notes: list[str] = []
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)
@@ -172,14 +171,14 @@ def _passes(scorer: Scorer, stream: Stream) -> Iterator[Callable[[], None]]:
 def _open(
     recipe: Recipe, method: Method, precision: Precision, device: torch.device, reads: str = "logprobs"
 ) -> tuple[Loaded, Trunk]:
-    """The base from its files; what trains is float32, so a base that trains is loaded as that."""
+    """The base from its files; a base that trains is loaded in the dtype of what trains."""
     if method.trains_base and recipe.model.quantization != "none":
         raise RecipeError(
             f"{type(method).__name__} trains the weights themselves, and packed ones do not train",
             where="model.quantization", value=recipe.model.quantization,
             remedy="set model.quantization: none, or use method: lora",
         )  # fmt: skip
-    dtype = torch.float32 if method.trains_base else precision.frozen
+    dtype = precision.trained if method.trains_base else precision.frozen
     seed = seed_of("score head", recipe.train.seed)
     loaded = load_model(recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed)
     return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
@@ -267,8 +266,9 @@ def data_section(recipe: Recipe) -> DataSection:
     return recipe.data
 
 
-def _precision(recipe: Recipe, device: torch.device) -> Precision:
-    """`model.dtype` and `engine.precision` must not contradict each other; either may decide."""
+def _precision(recipe: Recipe, device: torch.device, method: Method, notes: list[str]) -> Precision:
+    """`model.dtype` and `engine.precision` must not contradict each other; either may decide. So it is with
+    `engine.trained_dtype` and the `adapter_dtype` of a method that has one."""
     said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
     asked = recipe.engine.precision
     if "auto" not in (said, asked) and said != asked:
@@ -276,7 +276,19 @@ def _precision(recipe: Recipe, device: torch.device) -> Precision:
             "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
             remedy="leave one of them at auto",
         )  # fmt: skip
-    return resolve_precision(said if asked == "auto" else asked, device)
+    name, trained = said if asked == "auto" else asked, recipe.engine.trained_dtype
+    if getattr(method, "adapter_dtype", "fp32") != "bf16":
+        return resolve_precision(name, device, trained)
+    if trained == "float32":
+        raise RecipeError(
+            "method.adapter_dtype and engine.trained_dtype contradict each other", where="method.adapter_dtype",
+            value="bf16, float32", remedy="leave engine.trained_dtype at auto",
+        )  # fmt: skip
+    found = resolve_precision(name, device, trained)
+    if found.name == "bf16":
+        return resolve_precision("bf16", device, "bfloat16")
+    notes.append(f"method.adapter_dtype bf16 needs engine.precision bf16: at {found.name} adapters train in float32")
+    return found
 
 
 def _refuse_loggers(recipe: Recipe) -> None:

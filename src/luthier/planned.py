@@ -80,6 +80,7 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
     double = bool(getattr(recipe.model, "double_quantization", True))
     return Setting(
         device=device, stored=Stored(recipe.model.quantization, double, compute), compute=compute,
+        trained=2 if precision == "bf16" and _trains_narrow(recipe) else 4,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
@@ -96,7 +97,13 @@ def _recompute(said: Any) -> int:
 def _precision(recipe: Recipe, device: str) -> str:
     said = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(recipe.model.dtype, "auto")
     asked = recipe.engine.precision if recipe.engine.precision != "auto" else said
+    if asked == "auto" and recipe.engine.trained_dtype == "bfloat16":
+        return "bf16"
     return asked if asked != "auto" else "bf16" if device == "cuda" else "fp32"
+
+
+def _trains_narrow(recipe: Recipe) -> bool:
+    return "bfloat16" in (recipe.engine.trained_dtype, {"bf16": "bfloat16"}.get(recipe.method.get("adapter_dtype", "")))
 
 
 def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course) -> list[str]:

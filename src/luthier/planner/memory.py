@@ -38,6 +38,7 @@ class Setting:
     device: str = "cpu"  # cpu or cuda
     stored: Stored = Stored("none")
     compute: int = 4  # bytes of a number in matrix products
+    trained: int = 4  # bytes of a number that trains; its gradient has 4 in any case
     optimizer: str = "adamw"
     recompute_every: int = 0  # 0 keeps all activations, 1 recomputes every layer, n every n-th
     in_backward: bool = False
@@ -114,27 +115,27 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
 
 
 def numbers_of(trained: Trained, setting: Setting) -> Numbers:
-    """The residual stream has the dtype of the embedding: float32 where the base trains."""
-    stream = FLOAT if trained.base_trained or setting.device == "cpu" else setting.stored.dense
+    """The residual stream has the dtype of the embedding: that of what trains where the base does."""
+    stream = setting.trained if trained.base_trained else FLOAT if setting.device == "cpu" else setting.stored.dense
     return Numbers(stream, setting.compute, kernels=setting.device != "cpu" and setting.compute < FLOAT)
 
 
 def _always(shape: ModelShape, trained: Trained, setting: Setting) -> dict[str, int]:
     """What lies there in every moment of a pass."""
     weights = base_bytes(shape, trained, setting)
-    casts = trained.base_trained * setting.compute if setting.compute < FLOAT else 0
+    casts = trained.base_trained * setting.compute if setting.compute < setting.trained else 0
     workspace = 0 if trained.base_trained else setting.stored.workspace(shape.largest_linear, setting.compute)
     return {
-        "weights": weights, "adapter": (trained.elements - trained.base_trained) * FLOAT,
+        "weights": weights, "adapter": (trained.elements - trained.base_trained) * setting.trained,
         "optimizer": state_bytes(setting.optimizer, trained.tensors), "casts": casts, "workspace": workspace,
     }  # fmt: skip
 
 
 def base_bytes(shape: ModelShape, trained: Trained, setting: Setting) -> int:
-    """The base's weights: packed linears and dense rest where it is frozen, float32 where it trains."""
+    """The base's weights: packed linears and dense rest where it is frozen, in the dtype of what trains where it does."""
     if trained.base_trained:
         frozen = shape.parameters - trained.base_trained
-        return trained.base_trained * FLOAT + frozen * setting.stored.dense
+        return trained.base_trained * setting.trained + frozen * setting.stored.dense
     return setting.stored.linears(shape.linears, shape.linear_rows) + shape.rest * setting.stored.dense
 
 

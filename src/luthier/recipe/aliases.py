@@ -50,12 +50,6 @@ def _files(value: Any) -> Any:
     return value
 
 
-def _no_fp16(value: Any) -> Any:
-    if value in (True, "fp16", "float16"):
-        raise ValueError("fp16 needs loss scaling, which is not here; use engine.precision: bf16 or auto")
-    return "auto" if value is False else value
-
-
 def _no_limit(value: Any) -> Any:
     return None if value == -1 else value
 
@@ -80,7 +74,7 @@ def _pref_loss(value: Any) -> Any:
 
 SCHEDULES = _words(constant_with_warmup="constant", warmup_stable_decay="wsd", cosine_with_min_lr="cosine")
 OPTIMIZERS = _words(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw")
-PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", no="fp32")
+PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", float16="fp16", half="fp16", no="fp32")
 DTYPES = _words(bf16="bfloat16", fp32="float32", fp16="float16", float="float32", half="float16")
 
 # peer's name -> (our path, how its value reads)
@@ -142,7 +136,8 @@ PEERS: dict[str, tuple[str, Read]] = {
     "save_total_limit": ("train.keep", _same),
     "seed": ("train.seed", _same),
     "bf16": ("engine.precision", _when_true("bf16", "auto")),
-    "fp16": ("engine.precision", _no_fp16),
+    "fp16": ("engine.precision", _when_true("fp16", "auto")),
+    "pure_bf16": ("engine.trained_dtype", _when_true("bfloat16", "auto")),
     "gradient_checkpointing": ("engine.checkpoint_activations", _same),
     "eval_steps": ("evaluate.every", _same),
 }  # fmt: skip
@@ -150,7 +145,7 @@ PEERS: dict[str, tuple[str, Read]] = {
 # values of peers under our own names
 _VALUES: dict[str, Read] = {
     "model.dtype": DTYPES, "train.schedule": SCHEDULES, "train.optimizer": OPTIMIZERS,
-    "engine.precision": PRECISIONS, "data.packing": _when_true("forest", "none"),
+    "engine.precision": PRECISIONS, "engine.trained_dtype": DTYPES, "data.packing": _when_true("forest", "none"),
     "model.chat_template": mask_aliases.template,
 }  # fmt: skip
 

@@ -245,8 +245,15 @@ class EngineSection(Section):
     """Where the work runs; nothing here changes what is learnt, but for precision."""
 
     strategy: Literal["auto", "single"] = _field("auto", "How devices share the work; auto takes single on one device.")
-    precision: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field(
+        "auto",
+        "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU; fp16, with a loss scale, "
+        "is for GPUs without bf16.",
+    )
+    trained_dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto",
+        "Number format of the weights that train; auto is float32, or what method.adapter_dtype says; bfloat16 halves "
+        "their memory, rounding each update.",
     )
     device: Name = _field("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     checkpoint_activations: Literal["auto"] | Bool = _field(
