@@ -6,12 +6,14 @@
     fp16  float16          float16    float32, and a loss scale (engine/scaler.py): float16 ends at 65504 and 6e-8
 
 Products run under autocast; norms, softmax, rotary angles, cross-entropy and routers compute in float32 wherever they
-stand, and store what they were given. Nothing is widened for training: embeddings, head and norms of a frozen base stay
-as they lie in its files (PEFT's `prepare_model_for_kbit_training` makes them float32, which costs an 8B model 2 GB).
+stand, and store what they were given. Nothing large is widened for training: embeddings and head of a frozen base stay
+as they lie in its files (PEFT's `prepare_model_for_kbit_training` makes them float32, which costs an 8B model 2 GB);
+only a LayerNorm's two vectors are float32, because its operation takes no weights narrower than its input.
 
-`trained_dtype: bfloat16` stores what trains in bfloat16 too: half the memory of whole weights, for an optimizer that
-rounds stochastically. Its gradients stay float32: a sum over microbatches in bfloat16 loses every part that is less
-than 1/256 of it. It wants products in bfloat16.
+`trained_dtype: bfloat16` stores matrices that train in bfloat16 too: half the memory of whole weights, for an optimizer
+that rounds stochastically. Their gradients stay float32: a sum over microbatches in bfloat16 loses every part that is
+less than 1/256 of it. Vectors (norms, biases, magnitudes) stay float32, they cost nothing; so do modules that say
+`float32_only` (routers, gates, virtual tokens, orthonormal bases) and a score head. It wants products in bfloat16.
 
 `auto` is bf16 on a GPU that computes it, else fp32 (on CPUs bfloat16 products are 10 times slower than float32 ones
 unless the processor has AMX). fp16 is never taken unasked: activations of large models leave its range.
@@ -28,6 +30,7 @@ from torch import nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import trains
+from luthier.models.score_head import HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,16 @@ def settle(model: nn.Module, precision: Precision) -> nn.Module:
 
     Buffers keep their types: rotary frequencies and counters must stay exact. Integer (quantized) weights too.
     """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            wanted = precision.trained if trains(parameter) else precision.frozen
-            if parameter.dtype != wanted:
-                parameter.data = parameter.data.to(wanted)
-            if trains(parameter) and wanted != torch.float32:
-                parameter.grad_dtype = torch.float32
+    stay_wide = (m for m in model.modules() if isinstance(m, nn.LayerNorm) or getattr(m, "float32_only", False))
+    wide = {id(parameter) for module in stay_wide for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        wanted = precision.trained if trains(parameter) else precision.frozen
+        if id(parameter) in wide or name.partition(".")[0] == HEAD or (trains(parameter) and parameter.ndim < 2):
+            wanted = torch.float32
+        if parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+        if trains(parameter) and wanted != torch.float32:
+            parameter.grad_dtype = torch.float32
     return model

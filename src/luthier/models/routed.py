@@ -21,7 +21,7 @@ Left out: linears that see a part of the tokens (experts in a list), which the m
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ _DEVIATION = 0.02  # of a fresh router
 class Router(nn.Module):
     """W_r (E, D) and what it gathers: the load of the last step (a persistent buffer), the sums of the open one."""
 
+    float32_only: ClassVar[bool] = True
     load_E: Tensor
     counts_E: Tensor
     probabilities_E: Tensor
