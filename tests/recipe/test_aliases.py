@@ -81,6 +81,20 @@ def test_a_llama_factory_file(tmp_path: Path) -> None:
     assert any("`cutoff_len: 512` is read as `data.max_tokens: 512`" in note and ":9:1" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("line", "path", "value"),
+    [
+        ("fp16: true", "engine.precision", "fp16"), ("fp16: false", "engine.precision", "auto"),
+        ("engine: {precision: half}", "engine.precision", "fp16"),
+        ("pure_bf16: true", "engine.trained_dtype", "bfloat16"),
+        ("engine: {trained_dtype: bf16}", "engine.trained_dtype", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_number_formats_by_their_other_names(tmp_path: Path, line: str, path: str, value: str) -> None:
+    fields, _ = got(tmp_path, f"model: m\ndata: x\n{line}\n")
+    assert fields[path] == value
+
+
 def test_an_axolotl_file(tmp_path: Path) -> None:
     fields, _ = got(tmp_path, AXOLOTL)
     assert {
@@ -147,7 +161,6 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("per_device_train_batch_size: 2\ntrain: {rows_per_step: 2}\n", ["twice", "rows_per_step"]),
         ("warmup_steps: 10\n", ["train.warmup_ratio"]),
         ("trust_remote_code: true\n", ["never run"]),
-        ("fp16: true\n", ["bf16", ":3:1"]),
         ("cutoff_len: long\n", ["`data.max_tokens` takes a whole number", ":3:13"]),
         ("method: qlora\nload_in_8bit: true\n", ["qlora means"]),
         ("rl: ipo\n", ["loss_type: ipo", ":3:1"]),
