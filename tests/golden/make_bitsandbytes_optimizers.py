@@ -1,6 +1,6 @@
-"""Writes tests/golden/bitsandbytes/optimizers.safetensors: steps of bitsandbytes' optimizers on a CPU, number by number.
+"""Writes bitsandbytes/optimizers.safetensors: steps of bitsandbytes' optimizers on a CPU, number by number.
 
-    adamw_8bit    codes, scales and weights after steps 1 and 40       lion_8bit    the same of its one average
+    adamw_8bit    codes, scales and weights after steps 1 and 40      lion_8bit    the same of its one average
     lion          weights and average after step 40, all in 32 bits
 
 Two groups with rates and decays of their own; a tensor of 4,615 elements (a block of 7 at its end), one of 4,096, one
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES = {"odd": (65, 71), "whole": (64, 64), "small": (33,)}
-GROUPS = (
+GROUPS: tuple[dict[str, Any], ...] = (
     {"names": ["odd", "small"], "lr": 1e-2, "weight_decay": 0.1}, {"names": ["whole"], "lr": 3e-3, "weight_decay": 0.0},
 )  # fmt: skip
 STEPS, SILENT = 40, 4
@@ -49,6 +49,10 @@ def gradient(name: str, step: int) -> torch.Tensor:
     return torch.zeros(shape) if step == SILENT else made
 
 
+def groups_of(weights: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**group, "params": [weights[key] for key in group["names"]]} for group in GROUPS]
+
+
 def lookup(scaled: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Codes (uint8) of numbers in [-1, 1], as the CPU kernel finds them in a map."""
     grid = -1 + torch.arange(1 << 16).float() * (2 / 65535)
@@ -62,9 +66,8 @@ def steps_of(name: str) -> dict[str, torch.Tensor]:
     from bitsandbytes.optim import AdamW8bit, Lion, Lion8bit
 
     weights = {key: torch.nn.Parameter(value) for key, value in start().items()}
-    groups = [{**group, "params": [weights[key] for key in group["names"]]} for group in GROUPS]  # type: ignore[attr-defined]
     kind: Any = {"adamw_8bit": AdamW8bit, "lion_8bit": Lion8bit, "lion": Lion}[name]
-    optimizer, found = kind(groups, betas=BETAS[name]), {}
+    optimizer, found = kind(groups_of(weights), betas=BETAS[name]), {}
     for step in range(1, STEPS + 1):
         for key, weight in weights.items():
             weight.grad = gradient(key, step)
