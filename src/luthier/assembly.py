@@ -34,6 +34,7 @@ from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
+from luthier.engine.optimizer import optimizer_notes
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
@@ -95,7 +96,8 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
-    device, notes = resolve_device(recipe.engine.device), list[str]()
+    device = resolve_device(recipe.engine.device)
+    notes = optimizer_notes(type(method), recipe.train, device)
     precision = _precision(recipe, device, method, notes)
     if recipe.train.optimizer_in_backward:
         check_in_backward(method, recipe.train.max_grad_norm, regularizers, precision)

@@ -40,6 +40,7 @@ class GaLore(Full):
 
     paper: ClassVar[str] = "arXiv:2403.03507"
     default_learning_rate: ClassVar[float] = 1e-4
+    projects: ClassVar[bool] = True
 
     rank: Annotated[int, Field(ge=1)] = _doc(128, "of the subspace: a quarter of the width, or 128 to 1024")
     update_proj_gap: Annotated[int, Field(ge=1)] = _doc(
