@@ -75,6 +75,7 @@ class Options:
     evaluation: int = 6
     learning_rate: float = 1e-2
     precision: str = "fp32"
+    trained: str = "auto"  # engine.trained_dtype
     method: str = "lora"
     identity: dict[str, Any] = field(default_factory=dict)
     benign: dict[str, Any] = field(default_factory=dict)
@@ -113,7 +114,7 @@ def build(directory: Path, **changes: Any) -> Run:
     enter(directory, resume=o.resume, fresh=o.fresh)
     run = Run(
         directory=directory, method=method, objective=Preference() if o.reference else SFT(), trunk=open_trunk(model),
-        stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device),
+        stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device, o.trained),
         train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
         evaluation=Stream(held_out, spec) if held_out else None,
