@@ -135,7 +135,7 @@ def twin(run: rig.Run, bad: Collection[int]) -> tuple[list[float], list[int]]:
 def test_a_run_is_the_plain_loop_under_gradscaler(tmp_path: Path) -> None:
     """60 steps, one to three microbatches each: scales, skipped attempts and weights exactly equal."""
     options = {"steps": STEPS, "precision": "fp16", "evaluation": 0, "save_every": STEPS, "learning_rate": 1e-3,
-               "tokens_per_step": 48, "microbatch_tokens": 30}  # fmt: skip
+               "tokens_per_step": 40, "microbatch_tokens": 30}  # fmt: skip
     ours, theirs = (rig.build(tmp_path / name, **options) for name in ("ours", "theirs"))
     inject(ours, BAD)
     events = list(rig.train(ours))

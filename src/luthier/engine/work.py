@@ -49,7 +49,8 @@ class Work:
         self.steps = self.course.steps
         self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
         self.scaler = Scaler() if run.precision.scales_loss else None
-        self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens, loss_scale=START if self.scaler else 1)
+        self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
+        self.state.loss_scale = START if self.scaler else 1.0
         self.stream = run.stream
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)

@@ -212,14 +212,14 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, room: GradientRoom) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
         ctx.owner, ctx.room, ctx.padding = weight, room, padding
         return functional.embedding(ids, weight, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weight = ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
         ids_T, dy_TD = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
         if ctx.padding is not None:
             dy_TD = dy_TD.masked_fill((ids_T == ctx.padding)[:, None], 0)

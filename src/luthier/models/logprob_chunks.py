@@ -6,9 +6,9 @@
 A GPU has no cache to tile for and its products want many columns, so a chunk is some rows with the whole vocabulary,
 in the dtype that computes: one chunk of memory, two or three products. The target's logit is read where the norm's
 are, so that rounding to bfloat16 shifts both alike. float16 has no numbers below 6e-8, and a softmax over a large
-vocabulary has: where the loss scale is not in the derivative yet (it is made in the forward pass), the pull is 256 times
-as large in the products and their results are taken back. The functions are those of logprob_tiles.py, which serves the
-CPU.
+vocabulary has: where the loss scale is not in the derivative yet (it is made in the forward pass), the pull is 256
+times as large in the products and their results are taken back. The functions are those of logprob_tiles.py, which
+serves the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 from luthier.models.kernels import gpu
 from luthier.models.kernels.triton_softmax import softmax_pull_, softmax_pull_plain_
 from luthier.models.logprob_tiles import Gradients, Head
-
 
 _LIFT = 256.0
 
@@ -44,9 +43,7 @@ def stored(head: Head, hidden_ND: Tensor, targets_N: Tensor, grad_N: Tensor, int
     return _stored(head, hidden_ND, targets_N, grad_N, into, _lift(hidden_ND))
 
 
-def _stored(
-    head: Head, hidden_ND: Tensor, targets_N: Tensor, grad_N: Tensor, into: Gradients, lift: float
-) -> Tensor:
+def _stored(head: Head, hidden_ND: Tensor, targets_N: Tensor, grad_N: Tensor, into: Gradients, lift: float) -> Tensor:
     logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     for part, raw in _chunks(head, hidden_ND):
         logprobs_N[part], _ = _pull_(head, raw, targets_N[part], grad_N[part] * lift, True)

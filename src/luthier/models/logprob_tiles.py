@@ -117,7 +117,7 @@ class Head:
 
 
 def _wide(tile: Tensor) -> Tensor:
-    """float16 ends at 65504 and 6e-8: a softmax over a large vocabulary goes below, its sums beyond. A tile is small."""
+    """float16 ends at 65504 and 6e-8: a softmax over many tokens goes below, its sums beyond. A tile is small."""
     return tile.float() if tile.dtype == torch.float16 and tile.device.type == "cpu" else tile
 
 

@@ -14,7 +14,8 @@ counts each microbatch once, recomputed activations or not, and nothing in evalu
 With f of this step the gradient of the first microbatch would need the last one's counts. With f' every term is a sum
 over tokens with a divisor known beforehand, so the split into microbatches, packing and shared prompts (a token
 counts once for each path through it, w_t) cannot change the result; f' starts even, where the term pulls nowhere. The
-loss as reported is the exact one of the step. The gradient carries fp16's loss scale (models/loss_scale.py). Buffered counts are usual where steps are accumulated (arXiv:2501.11873).
+loss as reported is the exact one of the step, and the gradient carries fp16's loss scale (models/loss_scale.py).
+Buffered counts are usual where steps are accumulated (arXiv:2501.11873).
 Left out: linears that see a part of the tokens (experts in a list), which the method refuses.
 """
 

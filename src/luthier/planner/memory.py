@@ -133,7 +133,7 @@ def _always(shape: ModelShape, trained: Trained, setting: Setting) -> dict[str, 
 
 
 def base_bytes(shape: ModelShape, trained: Trained, setting: Setting) -> int:
-    """The base's weights: packed linears and dense rest where it is frozen, in the dtype of what trains where it does."""
+    """The base's weights: packed linears and dense rest where it is frozen, else as what trains is stored."""
     if trained.base_trained:
         frozen = shape.parameters - trained.base_trained
         return trained.base_trained * setting.trained + frozen * setting.stored.dense
