@@ -139,6 +139,19 @@ def test_a_run_in_bfloat16_resumes_bit_equal_and_keeps_its_dtype(tmp_path: Path,
         rig.run_through(tmp_path / "broken", resume="auto", **{**options, "trained": "float32"})
 
 
+def test_updates_in_backward_are_the_same_in_bfloat16(tmp_path: Path) -> None:
+    """To the bit: the gradient is float32 there too, and chance is the parameter's own."""
+    ends = []
+    for on in (False, True):
+        run = rig.build(tmp_path / str(on), **BF16, steps=3, evaluation=0, in_backward=on, max_grad_norm=0.0,
+                        tokens_per_step=80, microbatch_tokens=40)  # fmt: skip
+        list(rig.train(run))
+        ends.append({name: p.detach().clone() for name, p in run.trunk.model.named_parameters() if trains(p)})
+    assert {tensor.dtype for tensor in ends[0].values()} == {torch.bfloat16}
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
 def test_weights_in_bfloat16_learn_as_float32_ones_do(tmp_path: Path) -> None:
     ends = {}
     for trained in ("float32", "bfloat16"):
@@ -215,7 +228,7 @@ def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-PAIRS = [("full", "sft"), ("lora", "dpo"), ("adalora", "kto"), ("molora", "orpo")]
+PAIRS = [("full", "sft"), ("full", "orpo"), ("lora", "dpo"), ("adalora", "kto"), ("molora", "orpo")]
 
 
 @pytest.mark.parametrize(("method", "objective"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
