@@ -85,6 +85,8 @@ def test_a_llama_factory_file(tmp_path: Path) -> None:
     ("line", "path", "value"),
     [
         ("fp16: true", "engine.precision", "fp16"), ("fp16: false", "engine.precision", "auto"),
+        ("bf16: false\nfp16: true", "engine.precision", "fp16"),
+        ("bf16: true\nfp16: false", "engine.precision", "bf16"),
         ("engine: {precision: half}", "engine.precision", "fp16"),
         ("pure_bf16: true", "engine.trained_dtype", "bfloat16"),
         ("engine: {trained_dtype: bf16}", "engine.trained_dtype", "bfloat16"),
@@ -170,7 +172,7 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("objective: simpo\nsimpo_gamma: 0.5\n", ["unknown field `objective.simpo_gamma`", "did you mean `gamma`?"]),
         ("objective: dpo\nref_model: other\n", ["the base that the run starts from"]),
         ("wat: 1\n", ["unknown field `wat`"]),
-        ("optim: sgd9\n", ["`train.optimizer` takes adamw", "sgd9"]),
+        ("optim: sgd9\n", ["`train.optimizer` takes", "adamw", "sgd9"]),
     ],
 )
 def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> None:

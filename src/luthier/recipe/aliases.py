@@ -181,6 +181,8 @@ _DROPPED: dict[str, str] = {
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), "the forest attention is always used"),
 }  # fmt: skip
 
+_SWITCHES = ("bf16", "fp16", "pure_bf16")  # of peers' files, which list all and switch on one
+
 _PLACES: tuple[Steps, ...] = (
     (), ("model",), ("data",), ("data", "mask"), ("method",), ("objective",), ("train",), ("engine",), ("evaluate",),
 )  # fmt: skip
@@ -224,6 +226,9 @@ def _one(document: Document, steps: Steps, notes: list[str], errors: list[Luthie
         notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
     elif key in mask_aliases.SETTLED and place in ((), ("data",), ("data", "mask")):
         _settled(document, place, key, where, notes, errors)
+    elif key in _SWITCHES and look(document.data, steps) is False and place in ((), ("train",), ("engine",)):
+        del look(document.data, place)[key]
+        notes.append(f"{where}: `{key}: false` is left out: it asks for nothing")
     elif key in PEERS:
         target: Steps = tuple(PEERS[key][0].split("."))
         if target[0] in _NAMED_LISTS:
