@@ -20,7 +20,6 @@ from torch.optim.adamw import adamw
 from luthier.engine.averages import Slot, slots_of
 from luthier.engine.projected import EPS, galore_turn, step_projected, subspace_slots
 from luthier.engine.stepping import Group, Stepping
-from luthier.engine.stochastic_rounding import round_
 from luthier.models.projection import Projection
 
 
@@ -92,4 +91,4 @@ class AdamW(Stepping):
 
         step_projected(exact, parameter.grad.to(exact.dtype), state, group, turn)
         if chance is not None:
-            round_(parameter, exact, chance)
+            self.rounded(parameter, exact, chance)
