@@ -71,7 +71,7 @@ class AdamW(Stepping):
         adamw(
             parameters, [parameter.grad for parameter in parameters],  # type: ignore[misc]
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
-            [state["step"] for state in states], fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2,
+            [state["step"] for state in states], fused=group["fused"] or None, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             grad_scale=None, found_inf=getattr(self, "found_inf", None),
         )  # fmt: skip
