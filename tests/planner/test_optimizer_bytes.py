@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench.allocated import Allocated
 
+from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.engine import averages, stepping
 from luthier.engine.optimizer import build_optimizer, kind_of
@@ -20,6 +21,7 @@ from luthier.planner.trained import attach
 from luthier.recipe import resolve
 from luthier.recipe.recipe import TrainSection
 from methods.rig import base
+from planner.rig import SMALL, planned
 
 NAMES = resolve.names("optimizers")
 METHODS: dict[str, Any] = {
@@ -50,6 +52,13 @@ def test_state_is_as_large_as_planned(name: str, method: str, family: str) -> No
     optimizer.step()
     held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert held - 4 * len(trained.tensors) == state_bytes(name, trained.tensors)
+
+
+def test_a_plan_refuses_what_a_run_refuses() -> None:
+    with pytest.raises(RecipeError, match="projects its gradients"):
+        planned(SMALL, {"name": "galore"}, train={"optimizer": "lion"})
+    less, more = (planned(SMALL, {"name": "full"}, train={"optimizer": name}) for name in ("lion", "adamw"))
+    assert less.memory.moments["update"]["optimizer"] == more.memory.moments["update"]["optimizer"] / 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,4 +61,8 @@ def managed(slot: Slot, device: torch.device) -> Tensor:
 
     with torch.cuda.device(device):
         host = get_paged(*slot.shape, dtype=slot.dtype, device=device)
-        return torch.as_tensor(_Pages(host), device=device).zero_()
+        made = torch.as_tensor(_Pages(host), device=device)
+    if made.data_ptr() != host.data_ptr():
+        raise ResourceError("torch copies CUDA's managed memory here", where="train.optimizer", value=str(device),
+                            remedy="take the name without `paged_`")  # fmt: skip
+    return made.zero_()

@@ -38,7 +38,8 @@ class AdamW(Stepping):
         mean.mul_(beta1).add_(grad, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
 
     def keeps(self, group: Group, parameter: Tensor) -> dict[str, Slot]:
