@@ -38,9 +38,14 @@ def optimizer_notes(method: type[Method], train: Any, device: torch.device) -> l
     """What a person should know of this choice; RecipeError or ResourceError where it cannot be."""
     kind = kind_of(train.optimizer)
     kind.check(device)
-    if method.projects and not kind.projects:
-        _refuse_projection(train.optimizer)
+    check_together(method, train.optimizer)
     return kind.advice(train, device)
+
+
+def check_together(method: type[Method], name: str) -> None:
+    """RecipeError where the optimizer cannot step what the method gives it."""
+    if method.projects and not kind_of(name).projects:
+        _refuse_projection(name)
 
 
 def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: float) -> Stepping:

@@ -103,6 +103,14 @@ class Stepping(torch.optim.Optimizer):
             if chance is not None:
                 round_(flat[piece], weight, chance)
 
+    def rounded(self, parameter: Tensor, exact: Tensor, chance: torch.Generator) -> None:
+        """A whole bfloat16 parameter becomes `exact`, piece by piece."""
+        flat, numbers = parameter.detach().reshape(-1), exact.detach().reshape(-1)
+        for piece in _pieces(flat):
+            round_(flat[piece], numbers[piece], chance)
+        if flat.data_ptr() != parameter.data_ptr():
+            parameter.copy_(flat.view(parameter.shape))
+
     # ---------------------------------------------------------------- state
 
     def opened(self, group: Group, parameter: Tensor) -> dict[str, Any]:

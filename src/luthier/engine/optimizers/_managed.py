@@ -8,7 +8,7 @@ goes by pages of 2 MiB. On a CPU there is nothing to page. Left out: prefetching
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Managed:
 
     @classmethod
     def check(cls, device: torch.device) -> None:
-        if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is None:
+        if device.type == "cuda" and find_spec("bitsandbytes") is None:
             raise ResourceError(
                 "paged optimizers take CUDA's managed memory by way of bitsandbytes, which is not installed",
                 where="train.optimizer", remedy="pip install bitsandbytes, or take the name without `paged_`",
@@ -61,4 +61,8 @@ def managed(slot: Slot, device: torch.device) -> Tensor:
 
     with torch.cuda.device(device):
         host = get_paged(*slot.shape, dtype=slot.dtype, device=device)
-        return torch.as_tensor(_Pages(host), device=device).zero_()
+        made = torch.as_tensor(_Pages(host), device=device)
+    if made.data_ptr() != host.data_ptr():
+        raise ResourceError("torch copies CUDA's managed memory here", where="train.optimizer", value=str(device),
+                            remedy="take the name without `paged_`")  # fmt: skip
+    return made.zero_()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from luthier.engine.averages import Slot
 from luthier.engine.stepping import Group, Stepping
-from luthier.engine.stochastic_rounding import round_
 
 EPS = (1e-15, 1.0)
 
@@ -43,6 +42,6 @@ class Adafactor(Stepping):
         one.state[exact] = state
         one.step()
         if chance is not None:
-            round_(parameter, exact.detach(), chance)
+            self.rounded(parameter, exact, chance)
         elif exact.dtype != parameter.dtype:
             parameter.copy_(exact)

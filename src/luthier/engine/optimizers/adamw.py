@@ -20,7 +20,6 @@ from torch.optim.adamw import adamw
 from luthier.engine.averages import Slot, slots_of
 from luthier.engine.projected import EPS, galore_turn, step_projected, subspace_slots
 from luthier.engine.stepping import Group, Stepping
-from luthier.engine.stochastic_rounding import round_
 from luthier.models.projection import Projection
 
 
@@ -39,7 +38,8 @@ class AdamW(Stepping):
         mean.mul_(beta1).add_(grad, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
 
     def keeps(self, group: Group, parameter: Tensor) -> dict[str, Slot]:
@@ -72,7 +72,7 @@ class AdamW(Stepping):
         adamw(
             parameters, [parameter.grad for parameter in parameters],  # type: ignore[misc]
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
-            [state["step"] for state in states], fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2,
+            [state["step"] for state in states], fused=group["fused"] or None, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             grad_scale=None, found_inf=getattr(self, "found_inf", None),
         )  # fmt: skip
@@ -92,4 +92,4 @@ class AdamW(Stepping):
 
         step_projected(exact, parameter.grad.to(exact.dtype), state, group, turn)
         if chance is not None:
-            round_(parameter, exact, chance)
+            self.rounded(parameter, exact, chance)

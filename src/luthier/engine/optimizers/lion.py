@@ -40,6 +40,7 @@ class Lion(Stepping):
 
     def update(self, weight: Tensor, grad: Tensor, averages: dict[str, Tensor], group: Group, step: int) -> None:
         mean, (beta1, beta2) = averages["exp_avg"], group["betas"]
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(torch.sign(mean.mul(beta1).add_(grad.mul(1 - beta1))), alpha=-group["lr"])
         mean.mul_(beta2).add_(grad, alpha=1 - beta2)
