@@ -222,10 +222,10 @@ def gradients(name: str, objective: str, precision: str, scale: float) -> dict[s
 
 
 def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
-    """Relative distance of all gradients together."""
+    """Relative distance of the tensor that is furthest off, of those that are more than rounding."""
     assert one.keys() == two.keys()
-    flat = [torch.cat([found[name].flatten() for name in one]) for found in (one, two)]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+    whole = torch.stack([grad.norm() for grad in two.values()]).norm()
+    return max(float((one[n] - g).norm() / g.norm()) for n, g in two.items() if g.norm() > 1e-4 * whole)
 
 
 PAIRS = [("full", "sft"), ("full", "orpo"), ("lora", "dpo"), ("adalora", "kto"), ("molora", "orpo")]
@@ -236,8 +236,8 @@ def test_gradients_know_nothing_of_the_scale(method: str, objective: str) -> Non
     """fp16 at 2^16 is fp16 at 2^8 to float16's rounding, and both are float32's; penalties and router terms too."""
     exact = gradients(method, objective, "fp32", 1.0)
     high, low = (gradients(method, objective, "fp16", scale) for scale in (2.0**14, 2.0**8))
-    assert apart(high, exact) < 1e-2
-    assert apart(high, low) < 1e-2
+    assert apart(high, exact) < 2e-2
+    assert apart(high, low) < 2e-2
 
 
 def test_a_scale_saves_gradients_below_float16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_scale_saves_gradients_below_float16(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Scorer, "loss", small)
     exact = gradients("lora", "sft", "fp32", 1.0)
-    assert apart(gradients("lora", "sft", "fp16", 2.0**16), exact) < 1e-2
+    assert apart(gradients("lora", "sft", "fp16", 2.0**16), exact) < 2e-2
     assert apart(gradients("lora", "sft", "fp16", 1.0), exact) > 1e-1
 
 
