@@ -2,9 +2,9 @@
 
     {%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %} … the template as it was
 
-Written there, the value is part of what is trained, checked, saved as chat_template.jinja and fed at inference, here and
-in every engine that renders the file; who passes the variable with a request still has the last word. A name that the
-template never reads is refused: it would change nothing while seeming to.
+Written there, the value belongs to what is trained, checked, saved as chat_template.jinja and fed at inference, here
+and in every engine that renders the file; who passes the variable with a request still has the last word. A name that
+the template never reads is refused: it would change nothing while seeming to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fixed(template: Template, variables: Mapping[str, Any]) -> Template:
     given = {name: value for name, value in variables.items() if value is not None}
     if not given:
         return template
-    known = template.reads() - _OURS - set(template.special)
+    known = template.reads - _OURS - set(template.special)
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -29,7 +29,7 @@ def keeping(template: Template) -> Template:
     for switch in SWITCHES:
         if set(switch) & set(template.variables):
             continue  # the recipe has its own word on it
-        if not set(switch) <= template.reads():
+        if not set(switch) <= template.reads:
             continue
         tried = fixed(template, switch)
         if _shown(tried) == len(_THOUGHTS):

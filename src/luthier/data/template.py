@@ -117,10 +117,11 @@ class Template:
             self._fail("fails on this conversation", f"{type(error).__name__}: {error}")
         return "".join(parts)
 
-    def reads(self) -> set[str]:
+    @cached_property
+    def reads(self) -> frozenset[str]:
         """Names that the template looks up in what a render is given."""
         trees = [_environment(self.now).parse(text) for text in self.texts]
-        return set().union(*(jinja2.meta.find_undeclared_variables(tree) for tree in trees))
+        return frozenset().union(*(jinja2.meta.find_undeclared_variables(tree) for tree in trees))
 
     def control_strings(self) -> tuple[str, ...]:
         """Strings of the template that look like special tokens, sorted: read from its text and from probe renders.
