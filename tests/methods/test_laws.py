@@ -106,7 +106,7 @@ def test_off_is_exactly_the_base_and_comes_back(trained: Made) -> None:
 
 @pytest.mark.parametrize("attention", ["forest", "unpacked"])
 def test_packed_is_each_row_alone(trained: Made, attention: str) -> None:
-    method, model, family = trained
+    _, model, family = trained
     if attention == "unpacked" and family == "llama":  # asked of forests in the law below
         trunk = open_trunk(model, attention=attention)
     else:
@@ -123,7 +123,7 @@ def test_a_shared_prompt_is_each_path_alone(trained: Made) -> None:
 
     Opening compares the model with its method, packed, with the model's own attention over each path alone.
     """
-    method, model, _ = trained
+    _, model, _ = trained
     trunk = open_trunk(model)
     shared, alone = shared_as_batches()
     grown = [p for p in model.parameters() if p.requires_grad]
