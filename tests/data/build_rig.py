@@ -98,7 +98,7 @@ def code_of(target: Callable[..., object], *words: object) -> int | None:
     """The exit code of a call in a process of its own, forked from one that only imported what takes long."""
     process = SERVER.Process(target=target, args=words)
     process.start()
-    process.join(60)
+    process.join(240)
     return process.exitcode
 
 
