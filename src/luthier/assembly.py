@@ -26,6 +26,7 @@ from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
 from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
+from luthier.data.fixed_variables import fixed
 from luthier.data.kinds import SUPERVISED
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import Prepared, drained, prepare, preparing
@@ -231,6 +232,11 @@ def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime |
         )
         section = section.model_copy(update={"max_tokens": most})
     template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
+    variables = recipe.model.template_variables
+    if variables and template is None:
+        raise RecipeError("there is no chat template to read them", where="model.template_variables", value=variables,
+                          remedy="name one in model.chat_template")  # fmt: skip
+    template = template and fixed(template, variables)
     objective: Objective = resolve.build("objectives", recipe.objective)
     return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
 

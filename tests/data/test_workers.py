@@ -27,7 +27,7 @@ def run(path: str, workers: int, encoder: Any = None, **fields: Any) -> Prepared
 def test_the_same_samples_ledger_and_identity(tmp_path: Path) -> None:
     path = mixed(tmp_path / "rows.jsonl")
     made, counts = [], []
-    for workers in (0, 1, 4):
+    for workers in (0, 1, 2):
         encoder = Letters()
         made.append(told(run(path, workers, encoder, bad_rows="quarantine", eval=0.1, weight=1.4)))
         counts.append(encoder.escaped)
@@ -75,7 +75,7 @@ def test_a_file_that_is_cut_is_told_after_the_rows_before_it(tmp_path: Path) -> 
 def test_a_killed_worker_is_an_error_that_names_it_and_its_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [row(i, " killed" if i == 300 else "") for i in range(600)])
     with ThreadPoolExecutor(1) as pool:
-        said = pool.submit(_error, path, 2, ResourceError).result(timeout=30)
+        said = pool.submit(_error, path, 2, ResourceError).result(timeout=240)
     first = 300 // BATCH_ROWS * BATCH_ROWS + 1
     assert "signal 9" in said and f"rows.jsonl:{first} to {path}:{first + BATCH_ROWS - 1}" in said
     assert said.startswith("resources: worker ") and "data.workers" in said

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.pairs import Preference, pair_samples
 from luthier.contracts.batch import Batch
@@ -37,6 +39,7 @@ from luthier.engine.task import Reference, Run
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
 from luthier.models.probe import open_trunk
+from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.objectives.sft import SFT
 from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
 from models import sweep
@@ -94,10 +97,20 @@ class Options:
     small: str = ""  # a family of tests/models/sweep.py instead
 
 
+def bare(family: str, small: str) -> nn.Module:
+    return sweep.build(small, vocab_size=VOCABULARY) if small else tiny(family)
+
+
+@cache
+def facts(family: str, small: str) -> TrunkFacts:
+    """What opening finds of the bare family, asked once for all runs."""
+    return open_trunk(bare(family, small)).facts
+
+
 def build(directory: Path, **changes: Any) -> Run:
     """A run, ready to train."""
     o = Options(**changes)
-    model = sweep.build(o.small, vocab_size=VOCABULARY) if o.small else tiny(o.family)
+    model = bare(o.family, o.small)
     method = METHODS[o.method]
     method.attach(model)
     spec = StreamSpec(
@@ -114,7 +127,8 @@ def build(directory: Path, **changes: Any) -> Run:
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)
     run = Run(
-        directory=directory, method=method, objective=Preference() if o.reference else SFT(), trunk=open_trunk(model),
+        directory=directory, method=method, objective=Preference() if o.reference else SFT(),
+        trunk=Trunk(model, facts(o.family, o.small)),
         stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device, o.trained),
         train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
@@ -129,7 +143,7 @@ def build(directory: Path, **changes: Any) -> Run:
 def reference_of(run: Run, kind: str, cache: Path) -> Reference:
     """As assembly makes them."""
     if kind == "frozen_copy":
-        return FrozenCopy(open_trunk(tiny("llama")), run.precision)
+        return FrozenCopy(Trunk(tiny("llama"), facts("llama", "")), run.precision)
     off = None if run.method.trains_base else MethodOff(run.trunk, run.method, run.precision)
     if kind == "method_off":
         assert off is not None

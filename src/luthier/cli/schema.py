@@ -55,7 +55,9 @@ def generate() -> dict[str, Any]:
         properties[section] = {"description": properties[section]["description"], **_room(room)}
         properties[section]["default"] = {"method": "lora", "objective": "sft"}[section]
     _named_list(properties, "regularizers")
-    _named_list(schema["$defs"]["DataSection"]["properties"], "steps")
+    steps = schema["$defs"]["DataSection"]["properties"]
+    _named_list(steps, "steps")
+    steps["mix"] = _short_step("mix", steps["steps"])
     for section in ("model", "data"):  # `model: path`, `data: file`
         properties[section] = {"description": properties[section]["description"],
                                "anyOf": [_SHORT, {"$ref": properties[section]["$ref"]}]}  # fmt: skip
@@ -90,6 +92,16 @@ def _named_list(properties: dict[str, Any], room: str) -> None:
         "description": properties[room]["description"], "default": [],
         "anyOf": [*names, {"type": "array", "items": items}],
     }  # fmt: skip
+
+
+def _short_step(name: str, steps: dict[str, Any]) -> dict[str, Any]:
+    """`data.mix: {…}`: the fields of the step, whose name is said by the place."""
+    listed = next(branch["items"] for branch in steps["anyOf"] if "items" in branch)
+    branch = next(one for one in listed["oneOf"] if one.get("title") == name)
+    fields = {key: field for key, field in branch["properties"].items() if key != "name"}
+    required = [key for key in branch["required"] if key != "name"]
+    return {**branch, "description": f"The last of data.steps: {branch['description']}", "properties": fields,
+            "required": required}  # fmt: skip
 
 
 def _room(room: str) -> dict[str, Any]:

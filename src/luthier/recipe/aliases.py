@@ -91,6 +91,7 @@ PEERS: dict[str, tuple[str, Read]] = {
     "quantization_bit": ("model.quantization", _bits),
     "chat_template": ("model.chat_template", mask_aliases.template),
     "chat_template_jinja": ("model.chat_template", _same),
+    "chat_template_kwargs": ("model.template_variables", _same),
     "add_tokens": ("model.add_tokens", _same),
     **dict.fromkeys(("dataset", "datasets", "dataset_path", "train_file", "train_dataset", "data_path"),
                     ("data.train", _files)),

@@ -62,6 +62,9 @@ class ModelSection(Section):
     chat_template: Name | None = _field(
         None, "Template file or name, where the tokenizer has none or the wrong one. Default: the tokenizer's."
     )
+    template_variables: dict[str, Any] = _field(
+        {}, "Values of the template's own variables, such as {enable_thinking: false}; saved inside the template."
+    )
     attention: Literal["auto", "forest", "unpacked"] = _field(
         "auto", "auto packs rows where the self-check at load proves it exact; unpacked never packs."
     )
