@@ -36,7 +36,7 @@ from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
 from luthier.engine.optimizer import optimizer_notes
-from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
+from luthier.engine.precision import Precision, precision_of, resolve_device, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
@@ -99,7 +99,7 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     _refuse_loggers(recipe)
     device = resolve_device(recipe.engine.device)
     notes = optimizer_notes(type(method), recipe.train, device)
-    precision = _precision(recipe, device, method, notes)
+    precision = precision_of(recipe, method, device, notes)
     if recipe.train.optimizer_in_backward:
         check_in_backward(method, recipe.train.max_grad_norm, regularizers, precision)
     settle_threads(recipe.engine.threads)
@@ -272,31 +272,6 @@ def data_section(recipe: Recipe) -> DataSection:
     if recipe.evaluate.on and recipe.data.eval is None:
         return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
     return recipe.data
-
-
-def _precision(recipe: Recipe, device: torch.device, method: Method, notes: list[str]) -> Precision:
-    """`model.dtype` and `engine.precision` must not contradict each other; either may decide. So it is with
-    `engine.trained_dtype` and the `adapter_dtype` of a method that has one."""
-    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
-    asked = recipe.engine.precision
-    if "auto" not in (said, asked) and said != asked:
-        raise RecipeError(
-            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
-            remedy="leave one of them at auto",
-        )  # fmt: skip
-    name, trained = said if asked == "auto" else asked, recipe.engine.trained_dtype
-    if getattr(method, "adapter_dtype", "fp32") != "bf16":
-        return resolve_precision(name, device, trained)
-    if trained == "float32":
-        raise RecipeError(
-            "method.adapter_dtype and engine.trained_dtype contradict each other", where="method.adapter_dtype",
-            value="bf16, float32", remedy="leave engine.trained_dtype at auto",
-        )  # fmt: skip
-    found = resolve_precision(name, device, trained)
-    if found.name == "bf16":
-        return resolve_precision("bf16", device, "bfloat16")
-    notes.append(f"method.adapter_dtype bf16 needs engine.precision bf16: at {found.name} adapters train in float32")
-    return found
 
 
 def _refuse_loggers(recipe: Recipe) -> None:

@@ -29,8 +29,9 @@ import torch
 from torch import nn
 
 from luthier.contracts.errors import RecipeError
-from luthier.contracts.method import trains
+from luthier.contracts.method import Method, trains
 from luthier.models.score_head import HEAD
+from luthier.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,31 @@ def resolve_precision(name: str, device: torch.device, trained: str = "auto") ->
         raise RecipeError("this torch keeps no float32 gradients of bfloat16 weights", where="engine.trained_dtype",
                           value=f"torch {torch.__version__}", remedy="install torch 2.10 or later")  # fmt: skip
     return Precision(name, _NAMES[name], _NAMES[name], _TRAINED[trained])
+
+
+def precision_of(recipe: Recipe, method: Method, device: torch.device, notes: list[str]) -> Precision:
+    """The recipe's words, which must not contradict each other: `model.dtype` and `engine.precision`, of which either
+    may decide, and `engine.trained_dtype` and a method's own `adapter_dtype`."""
+    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
+    asked, trained = recipe.engine.precision, recipe.engine.trained_dtype
+    if "auto" not in (said, asked) and said != asked:
+        raise RecipeError(
+            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
+            remedy="leave one of them at auto",
+        )  # fmt: skip
+    narrow = getattr(method, "adapter_dtype", "fp32") == "bf16"
+    if narrow and trained == "float32":
+        raise RecipeError(
+            "method.adapter_dtype and engine.trained_dtype contradict each other", where="method.adapter_dtype",
+            value="bf16, float32", remedy="leave engine.trained_dtype at auto",
+        )  # fmt: skip
+    found = resolve_precision(said if asked == "auto" else asked, device, trained)
+    if narrow and found.name == "bf16":
+        return resolve_precision(found.name, device, "bfloat16")
+    if narrow:
+        what = "method.adapter_dtype bf16 needs engine.precision bf16"
+        notes.append(f"{what}: at {found.name} adapters train in float32")
+    return found
 
 
 def settle(model: nn.Module, precision: Precision) -> nn.Module:
