@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from data.letters import Letters, mixed, row, told, write
 from luthier.contracts.errors import LuthierError, ResourceError
+from luthier.contracts.record import Chat, Source
 from luthier.data.batches import BATCH_ROWS
 from luthier.data.encode import Encoder
 from luthier.data.prepare import Prepared, prepare
@@ -95,3 +99,18 @@ def test_how_many_processes() -> None:
     assert [workers_for(asked, 10**12) for asked in (0, 1, 7)] == [0, 1, 7]
     assert workers_for("auto", 0) == workers_for("auto", BYTES_PER_WORKER) == 0
     assert workers_for("auto", 10**12) != 1
+
+
+def test_a_process_that_only_encodes_starts_without_torch(tmp_path: Path) -> None:
+    encoder = Encoder(tiny_tokenizer(), Template(CHATML, {"eos_token": "<|im_end|>"}, "chatml"),
+                      DataSection(train=(DataSource(path="-"),)))  # fmt: skip
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "work").write_bytes(pickle.dumps((encoder, [Chat(turns, Source("f", 1))])))
+    program = (
+        "import pickle, sys; from luthier.data.workers import _answered;"
+        "encoder, records = pickle.load(sys.stdin.buffer); _, answer, wrong = _answered(encoder, 0, records);"
+        "assert answer is not None, wrong; print('torch' in sys.modules)"
+    )
+    with (tmp_path / "work").open("rb") as given:
+        done = subprocess.run([sys.executable, "-c", program], stdin=given, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

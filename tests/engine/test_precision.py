@@ -20,7 +20,7 @@ from luthier.contracts.errors import CheckpointError, RecipeError
 from luthier.contracts.event import StepDone
 from luthier.contracts.method import trains
 from luthier.contracts.objective import Loss
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.data.stream import Stream, StreamSpec
 from luthier.engine import checkpoint
 from luthier.engine.precision import resolve_precision, settle

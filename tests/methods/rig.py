@@ -17,7 +17,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.optimizer import build_optimizer
 from luthier.models.probe import open_trunk
 from luthier.models.quantise import quantise
