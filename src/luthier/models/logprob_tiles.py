@@ -82,10 +82,11 @@ class Head:
         """Mapped float32 logits of some columns, made in `out` (flat, float32)."""
         shape = len(hidden), part.stop - part.start
         made = out[: shape[0] * shape[1]].view(shape)
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, self.weight_VD[part].t(), out=made)
+        weight = _wide(self.weight_VD[part])
+        if weight.dtype == torch.float32:
+            torch.mm(hidden.float(), weight.t(), out=made)
         else:
-            made.copy_(hidden @ self.weight_VD[part].t())
+            made.copy_(hidden @ weight.t())
         if self.bias_V is not None:
             made += self.bias_V[part]
         return self.head_map.apply_(made)
@@ -105,13 +106,19 @@ class Head:
 
     def add_product(self, into: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
         """into (float32) += left @ right in the dtype that computes, or = where `fresh`."""
-        left, right = left.to(self.weight_VD.dtype), right.to(self.weight_VD.dtype)
+        right = _wide(right.to(self.weight_VD.dtype))
+        left = left.to(right.dtype)
         if into.dtype == left.dtype:
             torch.mm(left, right, out=into) if fresh else into.addmm_(left, right)
         elif fresh:
             into.copy_(left @ right)
         else:
             into += left @ right
+
+
+def _wide(tile: Tensor) -> Tensor:
+    """float16 ends at 65504 and 6e-8: a softmax over many tokens goes below, its sums beyond. A tile is small."""
+    return tile.float() if tile.dtype == torch.float16 and tile.device.type == "cpu" else tile
 
 
 class Running:
