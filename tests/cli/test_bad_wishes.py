@@ -95,3 +95,11 @@ def test_a_method_that_trains_weights_on_packed_files(place: Path, capsys: Captu
     words = ["train", str(place / "nf4.yaml"), f"model.path={place / 'packed'}", "model.quantization=none"]
     said = refused([*words, "method=full"], 2, capsys)
     assert "give a dense model" in said
+
+
+def test_paged_without_a_gpu_is_said_in_one_line(place: Path, capsys: Capture) -> None:
+    words = ["train", str(place / "nf4.yaml"), "train.optimizer=paged_adamw_8bit", "engine.device=cpu"]
+    assert main([*words, f"output_dir={place / 'paged-run'}"]) == 0
+    shown = capsys.readouterr()
+    said = [line for line in (shown.out + shown.err).splitlines() if "page" in line and "adamw_8bit" in line]
+    assert len(said) == 1, said
