@@ -34,6 +34,7 @@ from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
+from luthier.engine.offload import check_offload
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
@@ -98,6 +99,7 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     if recipe.train.optimizer_in_backward:
         check_in_backward(method, recipe.train.max_grad_norm, regularizers)
     device = resolve_device(recipe.engine.device)
+    check_offload(device, recipe.engine, in_backward=recipe.train.optimizer_in_backward)
     precision = _precision(recipe, device)
     settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)

@@ -291,4 +291,3 @@ def test_a_row_that_never_fits_is_answered_by_the_plan(tmp_path: Path) -> None:
     broken = OutOfMemory("out of memory", remedy="x")
     advise(broken, recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "/nowhere"})}))
     assert broken.remedy == "x"
-

@@ -88,7 +88,8 @@ def _step(work: Work) -> Iterator[Event]:
                 work.signals.poll()
                 return work.scorer.loss(batch, stats)
 
-            loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
+            with work.offloading():
+                loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
             penalty = strategy.backward(work.penalty())
             norm = strategy.clip(run.train.max_grad_norm)
             break

@@ -52,6 +52,8 @@ def take_up(work: Work, content: checkpoint.Content) -> None:
     """Inverse of `content_of`."""
     load_trained(work.model, content.weights)
     load_state(work.optimizer, content.optimizer, content.state["groups"])
+    if work.states is not None:
+        work.states.rest_all()
     load_random_state(content.rng, content.state["random"])
     work.state = TrainState.from_record(content.state["train"])
     work.saved = work.state.step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from luthier.engine.journal import Journal
 from luthier.engine.measured import measure
 from luthier.engine.memory import give_back
 from luthier.engine.modes import train_mode
+from luthier.engine.offload import OffloadedActivations, OffloadedStates
 from luthier.engine.optimizer import build_optimizer, set_learning_rate
 from luthier.engine.recovery import smaller_evaluation
 from luthier.engine.resume import agree, find
@@ -56,7 +58,9 @@ class Work:
         self.model = self.strategy.place(run.trunk.model)
         self.thaw = Thaw(self.course, run.method, self.model)
         self.optimizer = build_optimizer(run.method, self.model, run.train, self.course.legs[0].peak)
-        self.strategy.bind(self.optimizer)
+        self.offloaded = OffloadedActivations(self.model) if run.engine.offload_activations else None
+        self.states = OffloadedStates(self.optimizer) if run.engine.offload_optimizer else None
+        self.strategy.bind(self.optimizer if self.states is None else self.states)
         self.recomputed: Recomputed | None = None
         self.saved = 0  # the step of the last save, or of the last try
         self.save_failures = 0  # in a row
@@ -139,6 +143,10 @@ class Work:
         self.thaw.enter(leg)
         self.run.method.before_step(self.model, number, self.steps)
         return rate
+
+    def offloading(self) -> AbstractContextManager[None]:
+        """Around forward and backward."""
+        return nullcontext() if self.offloaded is None else self.offloaded.open()
 
     def penalty(self) -> Tensor | float:
         """What is added once to the loss of a step."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.strategy import LossOf
+from luthier.contracts.strategy import LossOf, Steps
 from luthier.engine.precision import Precision, settle
 from luthier.engine.sums import Sums
 from luthier.models.gradient_room import GradientRoom
@@ -29,7 +29,7 @@ class Single:
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self.device, self.precision = device, precision
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: torch.optim.Optimizer | Steps | None = None
         self._model: nn.Module | None = None
         self._room: GradientRoom | None = None
 
@@ -47,7 +47,7 @@ class Single:
         self._model = settle(model.to(self.device), self.precision)
         return self._model
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+    def bind(self, optimizer: torch.optim.Optimizer | Steps) -> None:
         self.optimizer = optimizer
         if self.adds_in_place and self._model is not None:
             self.release()
