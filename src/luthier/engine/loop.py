@@ -31,7 +31,7 @@ from luthier.engine.sums import means
 from luthier.engine.task import Run
 from luthier.engine.work import Work
 
-_UPDATE = "nothing of it was saved: go on with --resume auto and less to keep, such as engine.offload_optimizer"
+_UPDATE = "nothing of it was saved: go on with --resume auto, and an optimizer or a method that keeps less"
 
 
 def train(run: Run) -> Iterator[Event]:
