@@ -29,6 +29,7 @@ PLAN: dict[str, tuple[str, ...]] = {
     "quality": ("quality",),  # 7, two of them for the quickstart's base where it is not cached
     "profile": ("profile", "--model", "s32k", "--steps", "2"),  # 1
     "share": ("share",),  # 2
+    "activations": ("activations", "--model", "s32k", "--steps", "3"),  # 2
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
+from luthier.engine.offload import check_offload
 from luthier.engine.optimizer import optimizer_notes
 from luthier.engine.precision import Precision, precision_of, resolve_device, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
@@ -98,6 +99,7 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
     device = resolve_device(recipe.engine.device)
+    check_offload(device, recipe.engine, in_backward=recipe.train.optimizer_in_backward)
     notes = optimizer_notes(type(method), recipe.train, device)
     precision = precision_of(recipe, method, device, notes)
     if recipe.train.optimizer_in_backward:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, encoder_of, prepared_rows, stream_spec
-from luthier.contracts.errors import LuthierError, UsageError
+from luthier.contracts.errors import LuthierError, OutOfMemory, UsageError
 from luthier.contracts.method import Method
 from luthier.data.stream import Stream
+from luthier.engine.precision import resolve_device
 from luthier.models.load import load_text
 from luthier.planned import Planned, config_words, on, plan_of, trained_by
 from luthier.planner import calibration, fit, layout
 from luthier.planner.load import Course, assumed, course_of
 from luthier.planner.memory import Memory, base_bytes
+from luthier.planner.page import amount
 from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
@@ -267,3 +269,20 @@ def _may(recipe: Recipe, override: str) -> bool:
     except LuthierError:
         return False
     return True
+
+
+def advise(error: OutOfMemory, recipe: Recipe) -> None:
+    """Add the changes that save most by the plan of the row that did not fit; nothing where no plan can be made."""
+    row = error.tokens or recipe.data.max_tokens
+    try:
+        planned = plan_of(recipe, assumed(row, row, row, 1.0, 0), resolve_device(recipe.engine.device).type)
+        if error.recompute:
+            planned = replace(planned, setting=replace(planned.setting, recompute_every=1))
+        state = fit.State(planned.shape, planned.trained, planned.setting, planned.course, row,
+                          _others(planned, config_words(recipe)))  # fmt: skip
+        found = fit.best(state, lambda override: _may(recipe, override), last=True)
+    except Exception:  # noqa: BLE001 advice must not stand in front of what went wrong
+        return
+    if found:
+        said = ", ".join(f"{one.override} saves {amount(one.saves)}" for one in found[: fit.BEST])
+        error.remedy = f"{error.remedy}; by the plan {said}"

@@ -18,6 +18,15 @@ from luthier.contracts.objective import Loss
 LossOf = Callable[[Batch], Loss]
 
 
+class Steps(Protocol):
+    """As much of an optimizer as a strategy needs between two backward passes."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def step(self) -> Any: ...
+
+
 class Strategy(Protocol):
     """Places the model, runs microbatches forward and backward, clips and steps; sums over its ranks."""
 
@@ -30,8 +39,8 @@ class Strategy(Protocol):
 
     def place(self, model: nn.Module) -> nn.Module: ...
 
-    def bind(self, optimizer: Optimizer) -> None:
-        """The optimizer over what trains in the placed model."""
+    def bind(self, optimizer: Optimizer | Steps) -> None:
+        """The optimizer over what trains in the placed model, or what steps in its place."""
         ...
 
     def release(self) -> None:

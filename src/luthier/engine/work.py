@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
+from luthier.contracts.errors import CheckpointError, NumericError
 from luthier.contracts.event import Event, Noted, Resumed, RunStarted
 from luthier.contracts.method import trains
 from luthier.contracts.record import Sample
@@ -23,9 +24,11 @@ from luthier.engine.course import Thaw, course_of
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
 from luthier.engine.measured import measure
-from luthier.engine.memory import checkpoint_activations, is_out_of_memory
+from luthier.engine.memory import give_back
 from luthier.engine.modes import train_mode
+from luthier.engine.offload import OffloadedActivations, OffloadedStates
 from luthier.engine.optimizer import build_optimizer, set_learning_rate
+from luthier.engine.recovery import smaller_evaluation
 from luthier.engine.resume import agree, find
 from luthier.engine.scaler import START, Scale, Scaler
 from luthier.engine.scoring import Scorer
@@ -33,6 +36,7 @@ from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
 from luthier.engine.strategy.choice import strategy_of
 from luthier.engine.task import Outcome, Run
+from luthier.models.recompute import Recomputed
 from luthier.models.weights import numbers_of
 
 _SAVES_PER_RUN = 10
@@ -51,13 +55,16 @@ class Work:
         self.scaler = Scaler() if run.precision.scales_loss else None
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
         self.state.loss_scale = START if self.scaler else 1.0
-        self.stream = run.stream
+        self.stream, self.evaluation = run.stream, run.evaluation
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)
         self.model = self.strategy.place(run.trunk.model)
         self.thaw = Thaw(self.course, run.method, self.model)
         self.optimizer = build_optimizer(run.method, self.model, run.train, self.course.legs[0].peak)
-        self.strategy.bind(self.optimizer)
+        self.offloaded = OffloadedActivations(self.model) if run.engine.offload_activations else None
+        self.states = OffloadedStates(self.optimizer) if run.engine.offload_optimizer else None
+        self.strategy.bind(self.optimizer if self.states is None else self.states)
+        self.recomputed: Recomputed | None = None
         self.saved = 0  # the step of the last save, or of the last try
         self.save_failures = 0  # in a row
         self.better = False  # the last evaluation was the best, and is not saved yet
@@ -76,8 +83,8 @@ class Work:
         else:
             saving.check_disk(self)
         notes += self._settle_threads(resumed=start.content is not None)
-        if (self.run.engine.checkpoint_activations is True or self.state.recompute) and not self.use_recompute():
-            notes.append("this model family cannot recompute activations: engine.checkpoint_activations has no effect")
+        asked = self.run.engine.checkpoint_activations
+        self.use_recompute(self.state.recompute if asked == "auto" else asked)
         run.on_agreed()
         for note in notes:
             yield Noted("warning", note)
@@ -141,6 +148,10 @@ class Work:
         self.run.method.before_step(self.model, number, self.steps)
         return rate
 
+    def offloading(self) -> AbstractContextManager[None]:
+        """Around forward and backward."""
+        return nullcontext() if self.offloaded is None else self.offloaded.open()
+
     def penalty(self) -> Tensor | float:
         """What is added once to the loss of a step."""
         of_others = (regularizer.penalty(self.model) for regularizer in self.run.regularizers)
@@ -160,31 +171,14 @@ class Work:
         """Passes over the rows when the steps so far are done."""
         return self.run.stream.epoch_at(self.state.step + self.state.passed_over)
 
-    def smaller_microbatches(self, error: Exception, microbatches: Sequence[Batch]) -> str:
-        """Halve what is computed at once under the same rows per step; re-raises what is not a lack of memory."""
-        if not is_out_of_memory(error):
-            raise error
-        self.strategy.zero()
-        largest = max(microbatches, key=lambda batch: batch.tokens)
-        divisible = [batch.tokens for batch in microbatches if len(batch.samples) > 1]
-        may_recompute = self.run.engine.checkpoint_activations == "auto" and not self.state.recompute
-        if not divisible and may_recompute and self.use_recompute():
-            return f"out of memory at one row of {largest.tokens} tokens: activations are recomputed from here on"
-        if not divisible:
-            raise ResourceError(
-                "out of memory with a single row in a microbatch", where=str(largest.sources[0]),
-                value=f"{largest.tokens} tokens", remedy="lower data.max_tokens, or use a smaller model",
-            ) from error  # fmt: skip
-        fewer = max(1, max(divisible) // 2)
-        self.use_microbatches(fewer)
-        return f"out of memory at {largest.tokens} tokens: microbatches of {fewer} tokens from here on, same steps"
-
-    def use_recompute(self) -> bool:
-        """Less memory for activations, about a third more time; the numbers stay."""
-        self.state.recompute = checkpoint_activations(self.model)
+    def use_recompute(self, said: int | str) -> None:
+        """Less memory for activations, up to a third more time; the numbers stay."""
+        if self.recomputed is not None:
+            self.recomputed.undo()
+        self.recomputed = Recomputed(self.model, said) if said is not False else None
+        self.state.recompute = said is True
         if self.model.training or self.run.objective.disable_dropout:
             train_mode(self.model, dropout=not self.run.objective.disable_dropout)
-        return self.state.recompute
 
     def use_microbatches(self, tokens: int | None) -> None:
         self.state.microbatch_tokens = tokens
@@ -201,8 +195,15 @@ class Work:
 
     def evaluate(self) -> Iterator[Event]:
         state = self.state
-        assert self.run.evaluation is not None
-        found = evaluate(self.scorer, self.run.evaluation, state.step, self.signals.poll)
+        while True:
+            assert self.evaluation is not None
+            try:
+                found = evaluate(self.scorer, self.evaluation, state.step, self.signals.poll)
+                break
+            except Exception as error:  # noqa: BLE001 (smaller batches if memory ran out, else it goes on up)
+                self.evaluation, note = smaller_evaluation(self.evaluation, error)
+            give_back(self.run.device)
+            yield Noted("warning", note)
         finite = math.isfinite(found.eval_loss)
         state.evaluated, state.eval_loss = state.step, found.eval_loss if finite else None
         self.better = finite and (state.best_loss is None or found.eval_loss < state.best_loss)
@@ -287,6 +288,8 @@ class Work:
                 best = None
                 yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
         self.strategy.release()
+        if self.recomputed is not None:
+            self.recomputed.undo()
         self.thaw.undo()
         for regularizer in self.run.regularizers:
             regularizer.detach(self.model)

@@ -264,8 +264,16 @@ class EngineSection(Section):
         "their memory, rounding each update.",
     )
     device: Name = _field("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    checkpoint_activations: Literal["auto"] | Bool = _field(
-        "auto", "Compute activations again in the backward pass: less memory, about a third more time."
+    checkpoint_activations: Literal["auto", "attention", "mlp"] | Bool | Annotated[int, Strict(), Field(ge=2)] = _field(
+        "auto",
+        "Compute activations again in the backward pass: true saves most for a third more time; N in every N-th block, "
+        "attention or mlp in that part of each; auto turns it on when memory runs out.",
+    )
+    offload_activations: Bool = _field(
+        False, "Keep what the backward pass needs in the host's memory: a GPU then takes longer rows, copies cost time."
+    )
+    offload_optimizer: Bool = _field(
+        False, "Keep the optimizer's averages in the host's memory: 8 bytes less for each trained weight on the GPU."
     )
     threads: Literal["auto"] | Annotated[int, Strict(), Field(ge=1, le=4096)] = _field(
         "auto", "CPU threads; part of a checkpoint, because it changes the order of sums.", unit="threads"

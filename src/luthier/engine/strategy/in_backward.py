@@ -25,7 +25,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError, ResourceError
 from luthier.contracts.method import Method
 from luthier.contracts.regularizer import Regularizer, adds_penalty
-from luthier.contracts.strategy import LossOf
+from luthier.contracts.strategy import LossOf, Steps
 from luthier.engine.memory import is_out_of_memory
 from luthier.engine.optimizer import of_one
 from luthier.engine.precision import Precision
@@ -73,8 +73,9 @@ class InBackward(Single):
         self._hooks: list[Any] = []
         self._squares = torch.zeros((), dtype=torch.float32, device=device)
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+    def bind(self, optimizer: torch.optim.Optimizer | Steps) -> None:
         """One small optimizer for each parameter, all with the state of the one that checkpoints know."""
+        assert isinstance(optimizer, torch.optim.Optimizer)
         super().bind(optimizer)
         for group in self._groups():
             for parameter in group["params"]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.strategy import LossOf
+from luthier.contracts.strategy import LossOf, Steps
 from luthier.engine.precision import Precision, settle
 from luthier.engine.sums import Sums
 from luthier.models.gradient_room import GradientRoom
@@ -31,7 +31,7 @@ class Single:
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self.device, self.precision, self.loss_scale = device, precision, 1.0
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: torch.optim.Optimizer | Steps | None = None
         self._model: nn.Module | None = None
         self._room: GradientRoom | None = None
 
@@ -49,7 +49,7 @@ class Single:
         self._model = settle(model.to(self.device), self.precision)
         return self._model
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+    def bind(self, optimizer: torch.optim.Optimizer | Steps) -> None:
         self.optimizer = optimizer
         if self.adds_in_place and self._model is not None:
             self.release()
@@ -62,7 +62,8 @@ class Single:
         self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
     ) -> tuple[float, dict[str, tuple[float, float]]]:
         sums = Sums()
-        with nullcontext() if self._room is None else self._room.open():
+        factor = self.loss_scale / divisor if divisor else None
+        with nullcontext() if self._room is None else self._room.open(factor):
             for batch in microbatches:
                 with loss_scaled(self.loss_scale), self.precision.autocast(self.device):
                     found = loss(batch.to(self.device))
