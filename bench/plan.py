@@ -70,7 +70,7 @@ def _assembled(cell: tuple[str, str, bool, int], threads: int, place: Path) -> A
     luthier_worker.write_rows(file, settings)
     recipe = luthier.Recipe(
         model=str(place / model), data={"train": str(file), "max_tokens": tokens}, method=METHODS[method],
-        train={"rows_per_step": rows, "max_steps": 2, "microbatch_tokens": tokens, "learning_rate": 1e-4},
+        train={"rows_per_step": rows, "max_steps": 2, "microbatch_tokens": 2 * tokens, "learning_rate": 1e-4},
         engine={"threads": threads, "device": "cpu", "checkpoint_activations": recompute},
         output_dir=str(place / "run"),
     )  # fmt: skip
@@ -90,6 +90,7 @@ def _measured(made: Any, recompute: bool) -> dict[str, Any]:
     from luthier.engine.memory import checkpoint_activations, held_bytes
     from luthier.engine.optimizer import build_optimizer
     from luthier.engine.strategy.single import Single
+    from luthier.models.weights.packed import give_up_room
 
     strategy = Single(made.device, made.precision)
     model = strategy.place(made.loaded.model)
@@ -97,7 +98,9 @@ def _measured(made: Any, recompute: bool) -> dict[str, Any]:
     if recompute:
         checkpoint_activations(model)
     model.train()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    give_up_room()
+    held = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(one.numel() * one.element_size() for one in held)
     with Allocated() as seen:
         for number in range(2):
             batches = made.stream.step(number)

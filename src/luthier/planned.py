@@ -104,7 +104,9 @@ def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course
     notes = []
     if not shape.form.known:
         notes.append(f"{shape.family}: activations are estimated by a form that was measured on other families")
-    if not trained.measured:
+    if trained.extra is not None:
+        notes.append("what this method keeps in a layer was rehearsed: its own code on two and three layers, no numbers")
+    elif not trained.measured:
         notes.append("the activations of this method are taken as LoRA's: not measured")
     if setting.device != "cpu":
         notes.append("GPU memory is predicted by the formulas that were measured on a CPU: not measured on a GPU")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from luthier.planner.load import Load
 from luthier.planner.shape import Form
-from luthier.planner.trained import Trained
+from luthier.planner.trained import Extra, Keeps, Trained
 
 NORM, FLOAT = 1, 4
 
@@ -54,7 +54,8 @@ class Kept:
 
 def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
     """Of this microbatch; with every row in the last layer where few are left out."""
-    whole = _layer(form, trained, numbers)
+    of_layers = [_layer(form, keeps, trained, numbers) for keeps in trained.layers[trained.first :]] or [0]
+    ordinary, whole = sum(of_layers) // len(of_layers), of_layers[-1]
     turned = 2 * form.head_width * numbers.stream
     residual = load.tokens * form.width * numbers.stream
     if load.restricted:
@@ -63,19 +64,21 @@ def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
         shared = (load.tokens + load.kept) * turned
     else:
         last, shared = load.tokens * whole, load.tokens * turned
-    flight = _flight(form, trained, numbers)
-    scores = _scores(form, load)
+    flight, scores, extra = _flight(form, trained, numbers), _scores(form, load), trained.extra or Extra()
+    more, more_last, more_flight = (
+        line.at(load.tokens, numbers.compute) for line in (extra.layer, extra.last, extra.flight)
+    )
     return Kept(
-        layer=load.tokens * whole + scores, last=last + scores,
+        layer=max(0, load.tokens * ordinary + scores + more), last=max(0, last + scores + more_last),
         first_input=0 if trained.embedding_trains else residual, shared=shared, stream=residual,
-        flight=load.tokens * flight, flight_last=load.kept * flight,
+        flight=max(0, load.tokens * flight + more_flight), flight_last=max(0, load.kept * flight + more_flight),
     )  # fmt: skip
 
 
-def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
+def _layer(form: Form, keeps: Keeps, trained: Trained, numbers: Numbers) -> int:
     """Bytes for each token of a whole layer."""
-    saves, compute = trained.saves, numbers.compute
-    elements = form.queries + 2 * form.keys + form.queries + trained.ranks + trained.outputs
+    saves, compute = keeps.saves, numbers.compute
+    elements = form.queries + 2 * form.keys + form.queries + keeps.ranks + keeps.outputs
     elements += form.width * (("attention_in" in saves) + ("mlp_in" in saves))
     if "attention_out" in saves and not numbers.kernels:
         elements += form.queries
@@ -89,9 +92,10 @@ def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
 
 def _taken(form: Form, trained: Trained, numbers: Numbers) -> int:
     """Bytes for each token of the last layer's pass over all rows, which ends at its keys and values."""
-    elements = 2 * form.keys + form.width * ("attention_in" in trained.saves) + min(trained.ranks, _of_keys(trained))
+    keeps = trained.layers[-1] if trained.layers else Keeps()
+    elements = 2 * form.keys + form.width * ("attention_in" in keeps.saves) + min(keeps.ranks, _of_keys(keeps))
     normed = form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
-    outputs = 2 * form.keys + form.queries if trained.outputs else 0
+    outputs = 2 * form.keys + form.queries if keeps.outputs else 0
     return (elements + outputs) * numbers.compute + form.width * numbers.stream + normed + FLOAT * NORM
 
 
@@ -100,9 +104,9 @@ def _scores(form: Form, load: Load) -> int:
     return round(2 * load.pairs * form.heads * 3 * FLOAT) if form.attention_dropout else 0
 
 
-def _of_keys(trained: Trained) -> int:
+def _of_keys(keeps: Keeps) -> int:
     """Ranks of queries, keys and values: three sevenths of a layer whose linears all carry one."""
-    return -(-3 * trained.ranks // 7)
+    return -(-3 * keeps.ranks // 7)
 
 
 def _flight(form: Form, trained: Trained, numbers: Numbers) -> int:

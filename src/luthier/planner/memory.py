@@ -88,7 +88,7 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
     form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
     kept, again = activations.kept(form, trained, load, numbers), setting.recomputed(form.layers)
-    always, gradients = _always(shape, trained, setting), trained.elements * FLOAT
+    always, gradients = _always(shape, trained, setting), trained.active * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     standing = head.standing(form, setting.head)
     forward = activations.held_by_forward(kept, form, again)
@@ -125,7 +125,7 @@ def _always(shape: ModelShape, trained: Trained, setting: Setting) -> dict[str, 
     casts = trained.base_trained * setting.compute if setting.compute < FLOAT else 0
     workspace = 0 if trained.base_trained else setting.stored.workspace(shape.largest_linear, setting.compute)
     return {
-        "weights": weights, "adapter": (trained.elements - trained.base_trained) * FLOAT,
+        "weights": weights, "adapter": (trained.elements - trained.base_trained) * FLOAT + trained.buffers,
         "optimizer": state_bytes(setting.optimizer, trained.tensors), "casts": casts, "workspace": workspace,
     }  # fmt: skip
 

@@ -1,14 +1,18 @@
-"""What a method trains, where it must run the model to find its places: two short twins, and the rest by counting.
+"""Two short twins of a model, for what counting alone does not tell; the rest of the layers is by what the third adds.
 
-Adapters after blocks, prefixes and the like look at one forward pass, which the meta device cannot give. Twins of two
-and of three layers have the model's widths and zeros that no page was written for, so they cost little. What the third
-layer adds is added for every further one: exact where layers are alike. Where the first layers differ from the others
-it is an estimate; `Trained.measured` is False for all of them.
+    what trains   adapters after blocks, prefixes and the like look for their places by one forward pass, which the
+                  meta device cannot give
+    what is kept  of methods that no formula was measured for: their step is rehearsed (planner/rehearsal.py) at two
+                  numbers of tokens, and what it holds beyond the formula is a line through both
+
+Twins of two and of three layers have the model's widths and zeros that no page was written for, so they cost little.
+Exact where layers are alike; an estimate where the first layers differ from the others.
 """
 
 from __future__ import annotations
 
 import copy
+import mmap
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -18,22 +22,66 @@ from torch import nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
-from luthier.planner.shape import blank_model
-from luthier.planner.trained import Tensor, Trained, attach
+from luthier.planner import activations, head
+from luthier.planner.activations import Numbers
+from luthier.planner.load import load_of
+from luthier.planner.rehearsal import batch_of, rehearse
+from luthier.planner.shape import blank_model, read_shape
+from luthier.planner.trained import Extra, Line, Tensor, Trained, attach
 
 _FEW = 2
+_TOKENS = (256, 512)  # of a rehearsal
+_ROWS, _SCORED = 2, 0.6
 
 
 def trained_by(method: Method, config: Any, reads: str = "logprobs") -> Trained:
-    """On the meta device, or by twins where the method refuses a model that cannot run."""
+    """On the meta device, or by twins where the method refuses a model that cannot run; and what its layers keep."""
+    found = _counted(method, config, reads)
+    if found.measured or found.base_trained or reads != "logprobs":
+        return found
+    return replace(found, extra=_beyond(method, config))
+
+
+def _counted(method: Method, config: Any, reads: str) -> Trained:
     try:
         return attach(method, blank_model(copy.deepcopy(config), reads))
     except (RecipeError, NotImplementedError, RuntimeError):
         layers = _text(config).num_hidden_layers
         if layers <= _FEW:
-            return replace(attach(method, _twin(config, layers, reads)), measured=False)
+            return attach(method, _twin(config, layers, reads))
     small, large = (attach(method, _twin(config, count, reads)) for count in (_FEW, _FEW + 1))
     return _grown(small, large, layers - _FEW)
+
+
+def _beyond(method: Method, config: Any) -> Extra | None:
+    """What two rehearsals of twins hold beyond the formula; None where the family does not run as they ask."""
+    try:
+        seen = [_rehearsed(method, config, tokens) for tokens in _TOKENS]
+    except Exception:  # noqa: BLE001 a foreign family may fail in any way: the plan then says that it does not know
+        return None
+    return Extra(*(_line(*pair) for pair in zip(*seen, strict=True)))
+
+
+def _rehearsed(method: Method, config: Any, tokens: int) -> tuple[float, float, float]:
+    """Bytes beyond the formula at so many tokens: an ordinary layer's, the rest's, those of the largest moment."""
+    vocabulary = _text(config).vocab_size
+    batch = batch_of(tokens, round(_SCORED * tokens), _ROWS, vocabulary)
+    seen = [rehearse(_twin(config, count, "logprobs"), method.attach, batch) for count in (_FEW, _FEW + 1)]
+    shape = read_shape(_twin(config, _FEW, "logprobs"))
+    trained = attach(method, _twin(config, _FEW, "logprobs"))
+    load, numbers = load_of(batch), Numbers(4, 4)
+    kept = activations.kept(shape.form, trained, load, numbers)
+    logits = head.head_bytes(shape.form, load, head.mode_of(trained, reads="logprobs", linear=True), numbers, "cpu")
+    layer = seen[1].forward - seen[0].forward
+    last = seen[0].forward - (activations.held_by_forward(kept, shape.form, 0) - kept.layer + layer) - logits
+    formula = max(activations.held_in_last(kept, shape.form, 0), activations.held_in_backward(kept, shape.form, 0))
+    flight = seen[0].peak - formula - (layer - kept.layer) - last
+    return layer - kept.layer, last, flight
+
+
+def _line(small: float, large: float) -> Line:
+    each = (large - small) / (_TOKENS[1] - _TOKENS[0])
+    return Line(small - each * _TOKENS[0], each)
 
 
 def _twin(config: Any, layers: int, reads: str) -> nn.Module:
@@ -42,10 +90,16 @@ def _twin(config: Any, layers: int, reads: str) -> nn.Module:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    model = blank_model(short, reads)._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype)).eval()
+    model = blank_model(short, reads)._apply(_zeros).eval()
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Of the same shape, in memory of which no page exists until somebody writes to it."""
+    room = mmap.mmap(-1, max(1, like.numel() * like.element_size()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(room, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
 def _grown(small: Trained, large: Trained, times: int) -> Trained:
@@ -58,9 +112,14 @@ def _grown(small: Trained, large: Trained, times: int) -> Trained:
         tensors.append(_longer(old, new, times))
     tensors += [tensor for tensor, count in more.items() for _ in range(count * times)]
     return replace(
-        small, tensors=tuple(tensors), frozen=small.frozen + times * (large.frozen - small.frozen),
-        base_trained=small.base_trained + times * (large.base_trained - small.base_trained), measured=False,
+        small, tensors=tuple(tensors), frozen=_further(small.frozen, large.frozen, times),
+        base_trained=_further(small.base_trained, large.base_trained, times),
+        active=_further(small.active, large.active, times), buffers=_further(small.buffers, large.buffers, times),
     )  # fmt: skip
+
+
+def _further(small: int, large: int, times: int) -> int:
+    return small + times * (large - small)
 
 
 def _differ(old: tuple[int, ...], new: tuple[int, ...]) -> int:
