@@ -3,7 +3,7 @@
 Some methods keep other things in a layer than adapters do (prefixes, bottlenecks, gates, edits of rows); a formula for
 each would be a second copy of their code. Here their own code runs, on twins of few layers (planner/twin.py), under a
 dispatch mode that makes each operation's outputs and computes nothing: shapes come from torch's meta device, memory is
-asked for and never written, so a page of it never exists. Operations on whole numbers and views do run: places and
+asked for and never written, so a page of it never exists and all numbers are zero. Operations on whole numbers and views do run: places and
 masks are what they would be. Every storage is counted from its making to its end, as bench/allocated.py does.
 
     layer = F(3 layers) - F(2)     rest = F(2) - layer     in flight = P - F         F kept at the forward's end, P peak
@@ -14,10 +14,11 @@ every row of the last layer: what they keep is more than this.
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,11 @@ _FACTORIES = tuple(
     f"aten::{name}" for name in ("zeros", "ones", "full", "rand", "randn", "empty", "scalar_tensor", "linspace")
 )
 _READ = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::detach", "aten::alias")
-_FEW = 1 << 17
+_FEW = 1 << 17  # elements of a vector that is computed
+_PAGES = 1 << 16  # bytes from which a tensor gets memory of its own
+
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +93,16 @@ def _run(func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         count = len(func._schema.returns)
         return None if not count else returned[0] if count == 1 else tuple(returned[:count])
     shapes = func(*_meta(args), **_meta(kwargs))
-    return tree_map_only(Tensor, _unwritten, shapes)
+    return tree_map_only(Tensor, unwritten, shapes)
 
 
-def _unwritten(like: Tensor) -> Tensor:
-    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    return made if like.is_floating_point() else made.zero_()  # places must be places
+def unwritten(like: Tensor) -> Tensor:
+    """Zeros of the same shape and strides; where they are many, in memory of which no page exists until written to."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    if like.numel() == 0 or count * like.element_size() < _PAGES:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).zero_()
+    room = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(room, dtype=like.dtype, count=count).as_strided(like.shape, like.stride())
 
 
 def _small(given: list[Tensor]) -> bool:
@@ -119,18 +128,18 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def rehearse(model: nn.Module, attach: Callable[[nn.Module], None], batch: Batch) -> Seen:
-    """One forward and backward pass; `model` is used up."""
+def rehearse(model: nn.Module, attach: Callable[[nn.Module], Told], batch: Batch) -> tuple[Seen, Told]:
+    """One forward and backward pass, and what `attach` told; `model` is used up."""
     trunk = Trunk(model, TrunkFacts(last_layer="scored rows"))
     try:
         with Hollow() as seen:
-            attach(model)
+            told = attach(model)
             model.train()
             before, seen.peak = seen.now, seen.now
             total = (trunk.logprobs(batch, batch.weights_N) * batch.weights_N).sum()
             forward = seen.now
             total.backward()  # type: ignore[no-untyped-call]
-            return Seen(forward - before, seen.peak - before)
+            return Seen(forward - before, seen.peak - before), told
     finally:
         trunk.close()
 

@@ -12,9 +12,9 @@ Exact where layers are alike; an estimate where the first layers differ from the
 from __future__ import annotations
 
 import copy
-import mmap
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from luthier.contracts.method import Method
 from luthier.planner import activations, head
 from luthier.planner.activations import Numbers
 from luthier.planner.load import load_of
-from luthier.planner.rehearsal import batch_of, rehearse
+from luthier.planner.rehearsal import batch_of, rehearse, unwritten
 from luthier.planner.shape import blank_model, read_shape
 from luthier.planner.trained import Extra, Line, Tensor, Trained, attach
 
@@ -66,9 +66,9 @@ def _rehearsed(method: Method, config: Any, tokens: int) -> tuple[float, float, 
     """Bytes beyond the formula at so many tokens: an ordinary layer's, the rest's, those of the largest moment."""
     vocabulary = _text(config).vocab_size
     batch = batch_of(tokens, round(_SCORED * tokens), _ROWS, vocabulary)
-    seen = [rehearse(_twin(config, count, "logprobs"), method.attach, batch) for count in (_FEW, _FEW + 1)]
     shape = read_shape(_twin(config, _FEW, "logprobs"))
-    trained = attach(method, _twin(config, _FEW, "logprobs"))
+    rehearsed = [rehearse(_twin(config, n, "logprobs"), partial(attach, method), batch) for n in (_FEW, _FEW + 1)]
+    seen, trained = [one for one, _ in rehearsed], rehearsed[0][1]
     load, numbers = load_of(batch), Numbers(4, 4)
     kept = activations.kept(shape.form, trained, load, numbers)
     logits = head.head_bytes(shape.form, load, head.mode_of(trained, reads="logprobs", linear=True), numbers, "cpu")
@@ -90,16 +90,10 @@ def _twin(config: Any, layers: int, reads: str) -> nn.Module:
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    model = blank_model(short, reads)._apply(_zeros).eval()
+    model = blank_model(short, reads)._apply(unwritten).eval()
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     return model
-
-
-def _zeros(like: torch.Tensor) -> torch.Tensor:
-    """Of the same shape, in memory of which no page exists until somebody writes to it."""
-    room = mmap.mmap(-1, max(1, like.numel() * like.element_size()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(room, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
 def _grown(small: Trained, large: Trained, times: int) -> Trained:
