@@ -8,6 +8,7 @@ microbatch of rows of one length a step. Nothing is timed. Writes plan.json and 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import tempfile
 from pathlib import Path
@@ -21,7 +22,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "lora": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
     "dora": {"name": "dora", "r": work.R, "lora_alpha": work.ALPHA},
+    "qlora": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
+    "lora on int8": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
 }  # fmt: skip
+STORED = {"qlora": "nf4", "lora on int8": "int8"}
+# Of the others, whose settings are their own: what a bare name cannot do on this base.
+ALSO: dict[str, dict[str, Any]] = {"bitfit": {"add_bias": True}}
 TOLERANCE = 0.10
 
 
@@ -29,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = options.parser("plan", __doc__, steps=1)
     parser.add_argument("--models", nargs="+", choices=sorted(work.SHAPES), default=["s32k", "s128k"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="tokens of a microbatch")
-    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or all: on the first model, kept")
     parsed = parser.parse_args(arguments)
     import torch
 
@@ -39,10 +45,22 @@ def main(arguments: list[str] | None = None) -> None:
         for model in parsed.models:
             result["shapes"][model] = work.SHAPES[model]
             work.make_model(work.SHAPES[model], Path(name) / model)
-        for cell in itertools.product(parsed.models, parsed.methods, (False, True), parsed.tokens):
+        for cell in _cells(parsed):
             result["cells"].append(_cell(cell, parsed.threads, Path(name)))
             print(_words(result["cells"][-1]), flush=True)
     options.write(parsed.out, "plan", result, page(result))
+
+
+def _cells(parsed: argparse.Namespace) -> list[tuple[str, str, Any, int]]:
+    """Every combination of what is named; with `all` the folder's other methods too, on one model, activations kept."""
+    named = [method for method in parsed.methods if method != "all"]
+    cells = list(itertools.product(parsed.models, named or METHODS, (False, True), parsed.tokens))
+    if "all" not in parsed.methods:
+        return cells
+    from luthier.recipe import resolve
+
+    others = [method for method in resolve.names("methods") if method not in (named or METHODS)]
+    return cells + list(itertools.product(parsed.models[:1], others, (False,), parsed.tokens))
 
 
 def _cell(cell: tuple[str, str, bool, int], threads: int, place: Path) -> dict[str, Any]:
@@ -69,7 +87,9 @@ def _assembled(cell: tuple[str, str, bool, int], threads: int, place: Path) -> A
     }  # fmt: skip
     luthier_worker.write_rows(file, settings)
     recipe = luthier.Recipe(
-        model=str(place / model), data={"train": str(file), "max_tokens": tokens}, method=METHODS[method],
+        model={"path": str(place / model), "quantization": STORED.get(method, "none")},
+        data={"train": str(file), "max_tokens": tokens},
+        method=METHODS.get(method, {"name": method, **ALSO.get(method, {})}),
         train={"rows_per_step": rows, "max_steps": 2, "microbatch_tokens": 2 * tokens, "learning_rate": 1e-4},
         engine={"threads": threads, "device": "cpu", "checkpoint_activations": recompute},
         output_dir=str(place / "run"),
@@ -102,6 +122,8 @@ def _measured(made: Any, recompute: bool) -> dict[str, Any]:
     held = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()
     weights = sum(one.numel() * one.element_size() for one in held)
     with Allocated() as seen:
+        _fill(strategy, model)
+        seen.peak = seen.now
         for number in range(2):
             batches = made.stream.step(number)
             weight = sum(made.objective.weight(batch) for batch in batches)
@@ -111,6 +133,21 @@ def _measured(made: Any, recompute: bool) -> dict[str, Any]:
             strategy.zero()
         resident = held_bytes(made.device)
     return {"weights_bytes": weights, "measured_bytes": weights + seen.peak, "resident_bytes": resident}
+
+
+def _fill(strategy: Any, model: Any) -> None:
+    """Averages of what rests in these steps and trains in later ones: they are there in the long run."""
+    import torch
+
+    from luthier.contracts.method import trains
+
+    resting = [p for p in model.parameters() if trains(p) and not p.requires_grad]
+    for parameter in resting:
+        parameter.grad = torch.zeros_like(parameter)
+    if resting:
+        strategy.step()
+    for parameter in resting:
+        parameter.grad = None
 
 
 def error(cell: dict[str, Any]) -> float:

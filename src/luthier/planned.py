@@ -54,7 +54,7 @@ def plan_of(
     objective: Objective = resolve.build("objectives", recipe.objective)
     config = config_of(config_words(recipe) if words is None else words)
     shape = read_shape(blank_model(config, objective.reads))
-    trained = twin.trained_by(method, config, objective.reads)
+    trained = twin.trained_by(method, config, objective.reads, course.loads[-1])
     if trained.base_trained and recipe.model.quantization != "none":
         raise RecipeError(
             "this method trains the base's own weights, which a quantised base does not have",

@@ -31,8 +31,14 @@ from luthier.models.trunk import Trunk, TrunkFacts
 _FACTORIES = tuple(
     f"aten::{name}" for name in ("zeros", "ones", "full", "rand", "randn", "empty", "scalar_tensor", "linspace")
 )
-_READ = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::detach", "aten::alias")
+_FREE = frozenset(  # besides views: what reads one number or changes a shape only
+    f"aten::{name}" for name in (
+        "_local_scalar_dense", "equal", "is_nonzero", "detach", "alias", "t_", "transpose_", "squeeze_", "unsqueeze_",
+        "as_strided_", "set_", "resize_", "detach_",
+    )
+)  # fmt: skip
 _FEW = 1 << 17  # elements of a vector that is computed
+_SHORTEST = 16  # tokens of a rehearsed row
 _PAGES = 1 << 16  # bytes from which a tensor gets memory of its own
 
 
@@ -84,7 +90,7 @@ def _run(func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
         made = kwargs.get("dtype") or torch.get_default_dtype()
         if not made.is_floating_point or not func._schema.name.startswith(_FACTORIES):
             return func(*args, **kwargs)
-    elif func.is_view or func._schema.name in _READ or _small(given) or not any(t.is_floating_point() for t in given):
+    elif func.is_view or func._schema.name in _FREE or _small(given) or not any(t.is_floating_point() for t in given):
         return func(*args, **kwargs)
     written = [value for argument, value in _bound(func, args, kwargs) if argument.alias_info is not None
                and argument.alias_info.is_write]  # fmt: skip
@@ -144,9 +150,10 @@ def rehearse(model: nn.Module, attach: Callable[[nn.Module], Told], batch: Batch
         trunk.close()
 
 
-def batch_of(tokens: int, scored: int, rows: int, vocabulary: int) -> Batch:
-    """Rows of one length, the last tokens of each scored."""
-    length, each = tokens // rows, max(1, min(scored // rows, tokens // rows - 1))
+def batch_of(tokens: int, scored: int, rows: int, part: int, vocabulary: int) -> Batch:
+    """Rows of one length, together so many tokens, the last of each scored; `part` 2: of half the length."""
+    length = max(_SHORTEST, tokens // rows // part)
+    each = min(max(1, scored // rows // part), length - 1)
     starts = [row * length for row in range(rows)]
     forest = Forest(tuple(starts), tuple(start + length for start in starts), (-1,) * rows)
     scored_N = torch.cat([torch.arange(start + length - 1 - each, start + length - 1) for start in starts])

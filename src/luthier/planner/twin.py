@@ -20,29 +20,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.planner import activations, head
 from luthier.planner.activations import Numbers
-from luthier.planner.load import load_of
+from luthier.planner.load import Load, load_of
 from luthier.planner.rehearsal import batch_of, rehearse, unwritten
 from luthier.planner.shape import blank_model, read_shape
 from luthier.planner.trained import Extra, Line, Tensor, Trained, attach
 
 _FEW = 2
-_TOKENS = (256, 512)  # of a rehearsal
-_ROWS, _SCORED = 2, 0.6
+_LOAD = Load(tokens=512, scored=307, pairs=512 * 256 / 2, masks=0)  # where nothing is said
 
 
-def trained_by(method: Method, config: Any, reads: str = "logprobs") -> Trained:
+def trained_by(method: Method, config: Any, reads: str = "logprobs", load: Load = _LOAD) -> Trained:
     """On the meta device, or by twins where the method refuses a model that cannot run; and what its layers keep."""
-    found = _counted(method, config, reads)
+    found = counted(method, config, reads)
     if found.measured or found.base_trained or reads != "logprobs":
         return found
-    return replace(found, extra=_beyond(method, config))
+    return replace(found, extra=_beyond(method, config, load))
 
 
-def _counted(method: Method, config: Any, reads: str) -> Trained:
+def counted(method: Method, config: Any, reads: str = "logprobs") -> Trained:
+    """What trains, without a rehearsal."""
     try:
         return attach(method, blank_model(copy.deepcopy(config), reads))
     except (RecipeError, NotImplementedError, RuntimeError):
@@ -53,19 +54,20 @@ def _counted(method: Method, config: Any, reads: str) -> Trained:
     return _grown(small, large, layers - _FEW)
 
 
-def _beyond(method: Method, config: Any) -> Extra | None:
-    """What two rehearsals of twins hold beyond the formula; None where the family does not run as they ask."""
+def _beyond(method: Method, config: Any, load: Load) -> Extra | None:
+    """What rehearsals of the load and of half of it hold beyond the formula; None where the family runs otherwise."""
+    rows = max(1, round(load.tokens**2 / (2 * load.pairs))) if load.pairs else 1
+    batches = [batch_of(load.tokens, load.scored, rows, part, _text(config).vocab_size) for part in (2, 1)]
     try:
-        seen = [_rehearsed(method, config, tokens) for tokens in _TOKENS]
+        seen = [_rehearsed(method, config, batch) for batch in batches]
     except Exception:  # noqa: BLE001 a foreign family may fail in any way: the plan then says that it does not know
         return None
-    return Extra(*(_line(*pair) for pair in zip(*seen, strict=True)))
+    small, large = (batch.tokens for batch in batches)
+    return Extra(*(_line(small, large, *pair) for pair in zip(*seen, strict=True)))
 
 
-def _rehearsed(method: Method, config: Any, tokens: int) -> tuple[float, float, float]:
-    """Bytes beyond the formula at so many tokens: an ordinary layer's, the rest's, those of the largest moment."""
-    vocabulary = _text(config).vocab_size
-    batch = batch_of(tokens, round(_SCORED * tokens), _ROWS, vocabulary)
+def _rehearsed(method: Method, config: Any, batch: Batch) -> tuple[float, float, float]:
+    """Bytes beyond the formula: an ordinary layer's, the rest's, those of the largest moment."""
     shape = read_shape(_twin(config, _FEW, "logprobs"))
     rehearsed = [rehearse(_twin(config, n, "logprobs"), partial(attach, method), batch) for n in (_FEW, _FEW + 1)]
     seen, trained = [one for one, _ in rehearsed], rehearsed[0][1]
@@ -79,9 +81,9 @@ def _rehearsed(method: Method, config: Any, tokens: int) -> tuple[float, float, 
     return layer - kept.layer, last, flight
 
 
-def _line(small: float, large: float) -> Line:
-    each = (large - small) / (_TOKENS[1] - _TOKENS[0])
-    return Line(small - each * _TOKENS[0], each)
+def _line(small: int, large: int, of_small: float, of_large: float) -> Line:
+    each = (of_large - of_small) / max(1, large - small)
+    return Line(of_small - each * small, each)
 
 
 def _twin(config: Any, layers: int, reads: str) -> nn.Module:
