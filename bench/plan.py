@@ -107,16 +107,17 @@ def _predicted(made: Any) -> dict[str, Any]:
 
 def _measured(made: Any, recompute: bool) -> dict[str, Any]:
     """Two steps by the engine's own strategy, without journal, gate and guard."""
-    from luthier.engine.memory import checkpoint_activations, held_bytes
+    from luthier.engine.memory import held_bytes
     from luthier.engine.optimizer import build_optimizer
     from luthier.engine.strategy.single import Single
+    from luthier.models.recompute import Recomputed
     from luthier.models.weights.packed import give_up_room
 
     strategy = Single(made.device, made.precision)
     model = strategy.place(made.loaded.model)
     strategy.bind(build_optimizer(made.method, model, made.recipe.train, 1e-4))
     if recompute:
-        checkpoint_activations(model)
+        Recomputed(model)
     model.train()
     give_up_room()
     held = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()

@@ -87,10 +87,8 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
 
 
 def _recompute(said: Any) -> int:
-    """auto begins without and recomputes only when memory runs out."""
-    if isinstance(said, dict):
-        return int(said.get("every", 1))
-    return int(said is True)
+    """auto begins without and recomputes only when memory runs out; parts of blocks count as kept whole."""
+    return int(said) if isinstance(said, int) else 0
 
 
 def _precision(recipe: Recipe, device: str) -> str:

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 from luthier.artifact.adapter import TENSORS, load_adapter, save_adapter
 from luthier.contracts.errors import ModelError, RecipeError
-from luthier.engine.memory import checkpoint_activations
 from luthier.engine.optimizer import load_state, state_tensors
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.diff_pruning import DiffPruning, largest
 from luthier.models.hard_concrete import Gates, Stretch, expected_open, gate, gated, gated_plain, noise_like
+from luthier.models.recompute import Recomputed
 from luthier.models.sites import sites
 from luthier.models.sparse_difference import SparseDifference
 from methods.rig import base, logits, loss, optimizer, train
@@ -237,7 +237,7 @@ def test_recomputed_activations_draw_the_same_gates() -> None:
                 delta.diff_weight.copy_(0.1 * draws(delta.diff_weight.shape))
         model.train()
         if recompute:
-            assert checkpoint_activations(model)
+            Recomputed(model)
         torch.manual_seed(3)
         loss(model).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])

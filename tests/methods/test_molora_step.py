@@ -17,11 +17,11 @@ from engine import rig
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.objective import Scored
 from luthier.data.pack import collate
-from luthier.engine.memory import checkpoint_activations
 from luthier.engine.precision import resolve_precision
 from luthier.engine.strategy.single import Single
 from luthier.methods.molora import MoLoRA
 from luthier.models.probe import open_trunk
+from luthier.models.recompute import Recomputed
 from luthier.models.routed import Router, routers
 from luthier.objectives.sft import SFT
 from methods.rig import TOKENS, base, logits, sample, shared_as_batches, train
@@ -148,7 +148,7 @@ def test_recomputed_activations_count_once_and_draw_the_same(jitter: float) -> N
         lean(model)
         model.train()
         if recompute:
-            assert checkpoint_activations(model)
+            Recomputed(model)
         shared, _ = shared_as_batches()
         torch.manual_seed(7)
         found.append(step(method, model, [shared]))

@@ -13,13 +13,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import NotMergeable, RecipeError
-from luthier.engine.memory import checkpoint_activations
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.p_tuning_v2 import PTuningV2
 from luthier.methods.prefix import PrefixTuning
 from luthier.models.attention import DENSE, forest_context
 from luthier.models.prefix_site import PrefixShape, prefix_shape
 from luthier.models.probe import open_trunk
+from luthier.models.recompute import Recomputed
 from luthier.models.switch import attention_as, native_attention
 from luthier.sampling.generate import SamplingSpec, generate
 from methods.rig import TOKENS, base, logits, loss, rows_as_batches, shared_as_batches, train
@@ -191,7 +191,7 @@ def test_recompute_of_activations_changes_nothing(family: str, attention: str) -
     found = []
     for recompute in (False, True):
         if recompute:
-            assert checkpoint_activations(model)
+            Recomputed(model)
         logprobs = trunk.logprobs(batch)
         found.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), ours(model))))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)

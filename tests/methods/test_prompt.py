@@ -15,7 +15,6 @@ from luthier.assembly import assemble
 from luthier.contracts.batch import Forest
 from luthier.contracts.errors import NotMergeable, RecipeError
 from luthier.data.stream import Stream, StreamSpec
-from luthier.engine.memory import checkpoint_activations
 from luthier.engine.state import load_trained, trained_tensors
 from luthier.methods.p_tuning import PTuning
 from luthier.methods.prefix import PrefixTuning
@@ -23,6 +22,7 @@ from luthier.methods.prompt import PromptTuning
 from luthier.models.load import save_whole
 from luthier.models.probe import open_trunk, probe_batch
 from luthier.models.prompt_site import Grown
+from luthier.models.recompute import Recomputed
 from luthier.models.token_rows import attach_rows
 from luthier.recipe.read import read_recipe
 from luthier.sampling.generate import SamplingSpec, generate, room
@@ -215,7 +215,7 @@ def test_recompute_of_activations_changes_nothing(attention: str) -> None:
     found = []
     for recompute in (False, True):
         if recompute:
-            assert checkpoint_activations(model)
+            Recomputed(model)
         logprobs = trunk.logprobs(batch)
         found.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), ours(model))))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)

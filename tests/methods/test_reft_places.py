@@ -19,9 +19,9 @@ from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.data.pack import collate
 from luthier.engine.gate_numbers import unshared
-from luthier.engine.memory import checkpoint_activations
 from luthier.methods.loreft import LoReFT
 from luthier.models.probe import open_trunk
+from luthier.models.recompute import Recomputed
 from luthier.models.score_head import every_output
 from luthier.models.sites import AdaptedModule, original_name
 from luthier.models.trunk import Trunk, TrunkFacts
@@ -93,7 +93,7 @@ def test_recomputed_activations_give_the_same_gradients(family: str, attention: 
     for recompute in (False, True):
         trunk = open_trunk(model, attention=attention)
         if recompute:
-            assert checkpoint_activations(model)
+            Recomputed(model)
             assert any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
         logprobs = trunk.logprobs(batch)
         made.append((logprobs, *gradients(model, logprobs.sum())))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.objective import Loss
-from luthier.engine.memory import checkpoint_activations
 from luthier.engine.modes import train_mode
 from luthier.engine.precision import resolve_precision
 from luthier.engine.strategy.single import Single
@@ -19,6 +18,7 @@ from luthier.methods.full import Full
 from luthier.models.gradient_room import GradientRoom, room_of
 from luthier.models.logprobs import How, token_logprobs, token_logprobs_plain
 from luthier.models.probe import open_trunk, probe_batch
+from luthier.models.recompute import Recomputed
 from tiny import VOCABULARY, tiny
 
 
@@ -49,7 +49,7 @@ def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     room = GradientRoom(model)
-    assert checkpoint_activations(model)
+    Recomputed(model)
     train_mode(model)
     with room.open():
         trunk.logprobs(batch).dot(batch.weights_N).backward()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
-from luthier.engine.memory import checkpoint_activations
 from luthier.methods.lora import LoRA
 from luthier.models.attention import ForestUnsupported, Kept
 from luthier.models.probe import open_trunk, probe_batch
+from luthier.models.recompute import Recomputed
 from luthier.models.trunk import Trunk, TrunkFacts
 from tiny import VOCABULARY, tiny
 from tiny_families import family
@@ -65,7 +65,7 @@ def test_adapters_get_the_same_values_and_gradients(name: str, recompute: bool) 
     if recompute:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert checkpoint_activations(model)
+            Recomputed(model)
     assert_same(run(model, batch, SCORED), run(model, batch, TrunkFacts()))
 
 

@@ -82,7 +82,9 @@ def test_expected_in_words() -> None:
     known = paths()
     assert expected(known["train.schedule"]) == "cosine | linear | wsd | constant"
     assert expected(known["engine.threads"]) == "auto or a whole number >= 1 and <= 4096"
-    assert expected(known["engine.checkpoint_activations"]) == "auto or true or false"
+    assert expected(known["engine.checkpoint_activations"]) == (
+        "auto | attention | mlp or true or false or a whole number >= 2"
+    )
     assert nearest("Learning-Rate", ["learning_rate", "loss"]) == "learning_rate"
     assert nearest("zzz", ["learning_rate"]) is None
 

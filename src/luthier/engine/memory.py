@@ -2,7 +2,7 @@
 
 On a CPU: the resident set from /proc/self/statm (elsewhere getrusage's peak). On a GPU: torch's peak of
 allocated bytes since the last reading. An out-of-memory error is told from other runtime errors here, once.
-Remedies: smaller microbatches (work.py), then activations computed twice (`checkpoint_activations`).
+Remedies: smaller microbatches (work.py), then activations computed twice (models/recompute.py).
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import gc
 import os
 import resource
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
 
 _STATM = Path("/proc/self/statm")
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory")
@@ -38,17 +36,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MESSAGES)
-
-
-def checkpoint_activations(model: nn.Module) -> bool:
-    """Recompute each block's activations in backward (non-reentrant); False where the family cannot."""
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
-        return False
-    with warnings.catch_warnings():  # transformers 5 renamed it, 4 knows only this name
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return True
 
 
 def give_back(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from luthier.engine.course import Thaw, course_of
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
 from luthier.engine.measured import measure
-from luthier.engine.memory import checkpoint_activations, is_out_of_memory
+from luthier.engine.memory import is_out_of_memory
 from luthier.engine.modes import train_mode
 from luthier.engine.optimizer import build_optimizer, set_learning_rate
 from luthier.engine.resume import agree, find
@@ -32,6 +32,7 @@ from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
 from luthier.engine.strategy.choice import strategy_of
 from luthier.engine.task import Outcome, Run
+from luthier.models.recompute import Recomputed, checkpoints_blocks
 from luthier.models.weights import numbers_of
 
 _SAVES_PER_RUN = 10
@@ -55,6 +56,7 @@ class Work:
         self.thaw = Thaw(self.course, run.method, self.model)
         self.optimizer = build_optimizer(run.method, self.model, run.train, self.course.legs[0].peak)
         self.strategy.bind(self.optimizer)
+        self.recomputed: Recomputed | None = None
         self.saved = 0  # the step of the last save, or of the last try
         self.save_failures = 0  # in a row
         self.better = False  # the last evaluation was the best, and is not saved yet
@@ -73,8 +75,8 @@ class Work:
         else:
             saving.check_disk(self)
         notes += self._settle_threads(resumed=start.content is not None)
-        if (self.run.engine.checkpoint_activations is True or self.state.recompute) and not self.use_recompute():
-            notes.append("this model family cannot recompute activations: engine.checkpoint_activations has no effect")
+        asked = self.run.engine.checkpoint_activations
+        self.use_recompute(self.state.recompute if asked == "auto" else asked)
         run.on_agreed()
         for note in notes:
             yield Noted("warning", note)
@@ -164,7 +166,8 @@ class Work:
         largest = max(microbatches, key=lambda batch: batch.tokens)
         divisible = [batch.tokens for batch in microbatches if len(batch.samples) > 1]
         may_recompute = self.run.engine.checkpoint_activations == "auto" and not self.state.recompute
-        if not divisible and may_recompute and self.use_recompute():
+        if not divisible and may_recompute and checkpoints_blocks(self.model):
+            self.use_recompute(True)
             return f"out of memory at one row of {largest.tokens} tokens: activations are recomputed from here on"
         if not divisible:
             raise ResourceError(
@@ -175,12 +178,14 @@ class Work:
         self.use_microbatches(fewer)
         return f"out of memory at {largest.tokens} tokens: microbatches of {fewer} tokens from here on, same steps"
 
-    def use_recompute(self) -> bool:
-        """Less memory for activations, about a third more time; the numbers stay."""
-        self.state.recompute = checkpoint_activations(self.model)
+    def use_recompute(self, said: int | str) -> None:
+        """Less memory for activations, up to a third more time; the numbers stay."""
+        if self.recomputed is not None:
+            self.recomputed.undo()
+        self.recomputed = Recomputed(self.model, said) if said is not False else None
+        self.state.recompute = said is True
         if self.model.training or self.run.objective.disable_dropout:
             train_mode(self.model, dropout=not self.run.objective.disable_dropout)
-        return self.state.recompute
 
     def use_microbatches(self, tokens: int | None) -> None:
         self.state.microbatch_tokens = tokens
@@ -271,6 +276,8 @@ class Work:
                 best = None
                 yield Noted("warning", f"the best checkpoint cannot be used, keeping the last weights: {error.line()}")
         self.strategy.release()
+        if self.recomputed is not None:
+            self.recomputed.undo()
         self.thaw.undo()
         for regularizer in self.run.regularizers:
             regularizer.detach(self.model)

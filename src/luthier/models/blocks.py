@@ -17,7 +17,7 @@ from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
 from luthier.models.attention import FOREST, forest_context, witnessed
 from luthier.models.shapes import decoder_layers
-from luthier.models.sites import original_name
+from luthier.models.sites import innermost, original_name, switched_off
 from luthier.models.switch import attention_as
 
 
@@ -49,6 +49,26 @@ def need(found: list[Block], part: str, method: str) -> list[tuple[Block, str]]:
             remedy="use a method on linears, such as lora",
         )  # fmt: skip
     return [(block, getattr(block, part)) for block in found]
+
+
+def parts_of(model: nn.Module, part: str) -> list[nn.Module]:
+    """The `attention` or `feed_forward` of each layer with the sites around it; empty where a layer has no single one.
+
+    Unlike `blocks`, it may be asked after a method has attached its sites.
+    """
+    _, layers = decoder_layers(model)
+    with switched_off(model):
+        ran = _attending(model)
+    found = [_parts(innermost(model.get_submodule(path)), ran) for path in layers]
+    single = all(len(parts["attention"]) == len(parts[part]) == 1 for parts in found)
+    return [parts[part][0] for parts in found] if single else []
+
+
+def _parts(layer: nn.Module, ran: set[int]) -> dict[str, list[nn.Module]]:
+    """The layer's children that hold matrices: those in which attention ran, and the others."""
+    children = [child for child in layer.children() if any(p.ndim > 1 for p in child.parameters())]
+    attention = [child for child in children if any(id(module) in ran for module in child.modules())]
+    return {"attention": attention, "feed_forward": [child for child in children if child not in attention]}
 
 
 def _block(model: nn.Module, path: str, ran: set[int]) -> Block:

@@ -166,19 +166,6 @@ def exchange(output: Any, found: Any, instead: Any) -> Any:
 
 
 @contextmanager
-def keeping_activations(decoder: nn.Module) -> Iterator[None]:
-    """Within it no block recomputes: transformers takes a cache away from blocks that do."""
-    recomputing = [m for m in decoder.modules() if m.__dict__.get("gradient_checkpointing") and m.training]
-    try:
-        for module in recomputing:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in recomputing:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """For a look at how a model computes: no gradients, nothing random, nothing left changed."""
     place = next(model.parameters()).device

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.attention import ForestMask, ForestUnsupported, Kept
+from luthier.models.recompute import keeping
 from luthier.models.shapes import decoder_layers
-from luthier.models.sites import Site
+from luthier.models.sites import innermost
 
 EVERY_ROW = "luthier_every_row"  # attribute of a model: true while something in it counts all rows (a router's load)
 WORTH = 0.8  # of the rows kept; above it the second pass costs what it saves
@@ -34,9 +35,7 @@ class Restricted:
         _, layers = decoder_layers(model)
         if not layers:
             raise ForestUnsupported("the model has no list of layers")
-        layer: Any = model.get_submodule(layers[-1])
-        while isinstance(layer, Site):  # what stands around the whole layer sees the kept rows only
-            layer = layer.base_layer
+        layer: Any = innermost(model.get_submodule(layers[-1]))  # what stands around it sees the kept rows only
         self._hooks = [
             layer.register_forward_pre_hook(_keep_rows, with_kwargs=True),
             layer.register_forward_hook(_attended_once, with_kwargs=True),
@@ -86,18 +85,13 @@ def _keep_rows(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     if mask is None or mask.kept is None:
         return None
     table: dict[str, Any] = {name: getattr(mask, name) for name in ("forest", "window", "chunk", "kernel", "prefix")}
-    recomputes = getattr(layer, "gradient_checkpointing", False)
     try:
-        if recomputes:
-            layer.gradient_checkpointing = False  # a pass that is broken off cannot be run again
-        layer.forward(*_given(args, mask, _Taking(**table)), **_given(kwargs, mask, _Taking(**table)))
+        with keeping(layer):  # a pass that is broken off cannot be run again
+            layer.forward(*_given(args, mask, _Taking(**table)), **_given(kwargs, mask, _Taking(**table)))
     except _KeysValues as taken:
         key, value = taken.args
     else:
         raise ForestUnsupported("the last layer does not attend")
-    finally:
-        if recomputes:
-            layer.gradient_checkpointing = True
     giving = _Giving(**table, asking=mask.kept, key=key, value=value)
     return _given(args, mask, giving), _given(kwargs, mask, giving)
 

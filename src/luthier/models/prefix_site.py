@@ -25,7 +25,6 @@ from luthier.models.decoder_site import (
     cache_of,
     decoder_path,
     exchange,
-    keeping_activations,
     later,
     one_row,
     packed_alone,
@@ -35,6 +34,7 @@ from luthier.models.decoder_site import (
 )
 from luthier.models.head import relative_difference
 from luthier.models.prefix import Prefix, PrefixedCache, prefix_context
+from luthier.models.recompute import keeping
 from luthier.models.sites import replace
 from luthier.models.switch import native_attention
 
@@ -87,7 +87,7 @@ class PrefixSite(DecoderSite):
         padded = widen(given, prefix.tokens)
         view = PrefixedCache(prefix, cache, None if padded is None else padded.source_BT)
         later(given, prefix.tokens)
-        with keeping_activations(self.base_layer):
+        with keeping(self.base_layer):
             out = self.base_layer(**{**given, "past_key_values": view})
         self._check(prefix)
         return exchange(out, view, cache)

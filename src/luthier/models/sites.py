@@ -147,6 +147,13 @@ class SavedModule(Site):
         return (self.copy if self.on else self.base_layer)(*args, **kwargs)
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The base's own module under the sites that stand around it."""
+    while isinstance(module, Site):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
+
+
 def features(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear, also of GPT-2's Conv1D, which stores its weight the other way round."""
     if isinstance(linear, Conv1D):

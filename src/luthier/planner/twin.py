@@ -78,7 +78,7 @@ def _rehearsed(method: Method, config: Any, batch: Batch) -> tuple[float, float,
     last = seen[0].forward - (activations.held_by_forward(kept, shape.form, 0) - kept.layer + layer) - logits
     formula = max(activations.held_in_last(kept, shape.form, 0), activations.held_in_backward(kept, shape.form, 0))
     flight = seen[0].peak - formula - (layer - kept.layer) - last
-    return layer - kept.layer, last, flight
+    return layer - kept.layer, last, flight if seen[0].peak > seen[0].forward else min(0, flight)
 
 
 def _line(small: int, large: int, of_small: float, of_large: float) -> Line:

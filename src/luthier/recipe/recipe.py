@@ -249,8 +249,10 @@ class EngineSection(Section):
         "auto", "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU."
     )
     device: Name = _field("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    checkpoint_activations: Literal["auto"] | Bool = _field(
-        "auto", "Compute activations again in the backward pass: less memory, about a third more time."
+    checkpoint_activations: Literal["auto", "attention", "mlp"] | Bool | Annotated[int, Strict(), Field(ge=2)] = _field(
+        "auto",
+        "Compute activations again in the backward pass: true saves most for a third more time; N in every N-th block, "
+        "attention or mlp in that part of each; auto turns it on when memory runs out.",
     )
     threads: Literal["auto"] | Annotated[int, Strict(), Field(ge=1, le=4096)] = _field(
         "auto", "CPU threads; part of a checkpoint, because it changes the order of sums.", unit="threads"
