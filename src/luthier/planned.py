@@ -35,6 +35,7 @@ class Planned:
     setting: Setting
     course: Course
     notes: tuple[str, ...]
+    words: dict[str, Any] | None = None  # a configuration that stands in place of the model directory's
 
     @property
     def memory(self) -> Memory:
@@ -61,7 +62,7 @@ def plan_of(
             where="model.quantization", value=recipe.model.quantization, remedy="set it to none, or use method: lora",
         )  # fmt: skip
     setting = setting_of(recipe, objective, trained, device)
-    return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)))
+    return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)), words)
 
 
 def config_words(recipe: Recipe) -> dict[str, Any]:
@@ -103,7 +104,9 @@ def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course
     if not shape.form.known:
         notes.append(f"{shape.family}: activations are estimated by a form that was measured on other families")
     if trained.extra is not None:
-        notes.append("what this method keeps in a layer was rehearsed: its own code on two and three layers, no numbers")
+        notes.append(
+            "what this method keeps in a layer was rehearsed: its own code on two and three layers, no numbers"
+        )
     elif not trained.measured:
         notes.append("the activations of this method are taken as LoRA's: not measured")
     if setting.device != "cpu":

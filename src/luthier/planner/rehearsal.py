@@ -2,9 +2,10 @@
 
 Some methods keep other things in a layer than adapters do (prefixes, bottlenecks, gates, edits of rows); a formula for
 each would be a second copy of their code. Here their own code runs, on twins of few layers (planner/twin.py), under a
-dispatch mode that makes each operation's outputs and computes nothing: shapes come from torch's meta device, memory is
-asked for and never written, so a page of it never exists and all numbers are zero. Operations on whole numbers and views do run: places and
-masks are what they would be. Every storage is counted from its making to its end, as bench/allocated.py does.
+dispatch mode that makes each operation's outputs and computes nothing: shapes come from torch's meta device, and memory
+is asked for and never written, so that no page of it exists and every number is zero. Vectors, operations on whole
+numbers and views do run: losses, places and masks are what they would be. Every storage is counted from its making to
+its end, as bench/allocated.py does.
 
     layer = F(3 layers) - F(2)     rest = F(2) - layer     in flight = P - F         F kept at the forward's end, P peak
 

@@ -2,8 +2,8 @@
 
     tensors    elements by tensor, so that an optimizer that treats small tensors or embeddings apart is counted right
     active     elements with a gradient at a time: fewer where layers take turns
-    layers     of each layer what is kept for each token: which inputs of its linears (an adapted or trained linear keeps
-               its input, a frozen one does not), x A^T of its adapters, outputs before they are scaled (DoRA)
+    layers     of each layer what is kept for each token: which inputs of its linears (one that is adapted or trains
+               keeps its input, a frozen one does not), x A^T of its adapters, outputs before they are scaled (DoRA)
     buffers    bytes of what the method keeps besides: factors that do not train, averages, masks
     extra      what a rehearsal saw a layer keep beyond that (planner/rehearsal.py)
 
