@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
     "lora on int8": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
 }  # fmt: skip
+PARTLY: tuple[Any, ...] = (2, 3, "attention", "mlp")  # what else engine.checkpoint_activations takes
 STORED = {"qlora": "nf4", "lora on int8": "int8"}
 # Of the others, whose settings are their own: what a bare name cannot do on this base.
 ALSO: dict[str, dict[str, Any]] = {"bitfit": {"add_bias": True}}
@@ -59,11 +60,12 @@ def _cells(parsed: argparse.Namespace) -> list[tuple[str, str, Any, int]]:
         return cells
     from luthier.recipe import resolve
 
+    cells += list(itertools.product(parsed.models[:1], ("lora", "full"), PARTLY, parsed.tokens))
     others = [method for method in resolve.names("methods") if method not in (named or METHODS)]
     return cells + list(itertools.product(parsed.models[:1], others, (False,), parsed.tokens))
 
 
-def _cell(cell: tuple[str, str, bool, int], threads: int, place: Path) -> dict[str, Any]:
+def _cell(cell: tuple[str, str, Any, int], threads: int, place: Path) -> dict[str, Any]:
     model, method, recompute, tokens = cell
     made = _assembled(cell, threads, place)
     predicted = _predicted(made)
@@ -74,7 +76,7 @@ def _cell(cell: tuple[str, str, bool, int], threads: int, place: Path) -> dict[s
     }  # fmt: skip
 
 
-def _assembled(cell: tuple[str, str, bool, int], threads: int, place: Path) -> Any:
+def _assembled(cell: tuple[str, str, Any, int], threads: int, place: Path) -> Any:
     import luthier
     from luthier.assembly import assemble
 
@@ -105,7 +107,7 @@ def _predicted(made: Any) -> dict[str, Any]:
     return {"predicted_bytes": memory.peak, "moment": memory.moment, "terms": memory.terms}
 
 
-def _measured(made: Any, recompute: bool) -> dict[str, Any]:
+def _measured(made: Any, recompute: Any) -> dict[str, Any]:
     """Two steps by the engine's own strategy, without journal, gate and guard."""
     from luthier.engine.memory import held_bytes
     from luthier.engine.optimizer import build_optimizer
@@ -117,7 +119,7 @@ def _measured(made: Any, recompute: bool) -> dict[str, Any]:
     model = strategy.place(made.loaded.model)
     strategy.bind(build_optimizer(made.method, model, made.recipe.train, 1e-4))
     if recompute:
-        Recomputed(model)
+        Recomputed(model, recompute)
     model.train()
     give_up_room()
     held = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()
@@ -163,7 +165,7 @@ def page(result: dict[str, Any]) -> str:
     )  # fmt: skip
     rows = [
         [cell["method"], f"{result['shapes'][cell['model']]['vocab_size']:,}",
-         "recomputed" if cell["recompute"] else "kept", f"{cell['tokens']:,}", megabytes(cell["predicted_bytes"]),
+         _recomputed(cell["recompute"]), f"{cell['tokens']:,}", megabytes(cell["predicted_bytes"]),
          megabytes(cell["measured_bytes"]), f"{error(cell):+.1%}", megabytes(cell["resident_bytes"]), cell["moment"],
          max(cell["terms"], key=cell["terms"].get)]
         for cell in result["cells"]
@@ -178,6 +180,11 @@ def page(result: dict[str, Any]) -> str:
         versions(result),
     ]  # fmt: skip
     return f"# Peak memory, predicted and measured\n\n{table(head, rows, left=3)}\n{bullets(told)}"
+
+
+def _recomputed(said: Any) -> str:
+    words = {False: "kept", True: "recomputed", "attention": "attention recomputed", "mlp": "MLP recomputed"}
+    return words.get(said) or f"one block in {said} recomputed"
 
 
 def _words(cell: dict[str, Any]) -> str:

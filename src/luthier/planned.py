@@ -82,14 +82,19 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
     return Setting(
         device=device, stored=Stored(recipe.model.quantization, double, compute), compute=compute,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
+        recompute_part=_part(recipe.engine.checkpoint_activations),
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
     )  # fmt: skip
 
 
 def _recompute(said: Any) -> int:
-    """auto begins without and recomputes only when memory runs out; parts of blocks count as kept whole."""
+    """auto begins without and recomputes only when memory runs out."""
     return int(said) if isinstance(said, int) else 0
+
+
+def _part(said: Any) -> str:
+    return said if said in ("attention", "mlp") else ""
 
 
 def _precision(recipe: Recipe, device: str) -> str:

@@ -23,7 +23,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.planner import activations, head
-from luthier.planner.activations import Numbers
+from luthier.planner.activations import Again, Numbers
 from luthier.planner.load import Load, load_of
 from luthier.planner.rehearsal import batch_of, rehearse, unwritten
 from luthier.planner.shape import blank_model, read_shape
@@ -74,8 +74,8 @@ def _rehearsed(method: Method, config: Any, batch: Batch) -> tuple[float, float,
     kept = activations.kept(shape.form, trained, load, numbers)
     logits = head.head_bytes(shape.form, load, head.mode_of(trained, reads="logprobs", linear=True), numbers, "cpu")
     layer = seen[1].forward - seen[0].forward
-    last = seen[0].forward - (activations.held_by_forward(kept, shape.form, 0) - kept.layer + layer) - logits
-    formula = max(activations.held_in_last(kept, shape.form, 0), activations.held_in_backward(kept, shape.form, 0))
+    last = seen[0].forward - (activations.held_by_forward(kept, Again(_FEW)) - kept.layer + layer) - logits
+    formula = max(activations.held_in_last(kept, Again(_FEW)), activations.held_in_backward(kept, Again(_FEW)))
     flight = seen[0].peak - formula - (layer - kept.layer) - last
     return layer - kept.layer, last, flight if seen[0].peak > seen[0].forward else min(0, flight)
 
