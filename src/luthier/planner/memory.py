@@ -88,6 +88,7 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
     form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
+    load = replace(load, whole=trained.every_row)
     kept = activations.kept(form, trained, load, numbers, setting.recompute_part)
     again = Again(max(1, form.layers), setting.recompute_every)
     always, gradients = _always(shape, trained, setting), trained.active * FLOAT

@@ -7,7 +7,7 @@ is asked for and never written, so that no page of it exists and every number is
 numbers and views do run: losses, places and masks are what they would be. Every storage is counted from its making to
 its end, as bench/allocated.py does.
 
-    layer = F(3 layers) - F(2)     rest = F(2) - layer     in flight = P - F         F kept at the forward's end, P peak
+    layer = F(3 layers) - F(2)     rest = F(2) - layer     in flight = B - F         F, B the largest of each pass
 
 Left out: GPUs, whose kernels keep less; families that do not pass the engine's checks of packed rows, which compute
 every row of the last layer: what they keep is more than this.
@@ -48,10 +48,11 @@ Told = TypeVar("Told")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Bytes over what was there before the step."""
+    """Bytes over what was there before the step: the largest of each pass, and what the backward begins with."""
 
-    forward: int  # held when the forward pass is over
-    peak: int
+    forward: int
+    begun: int
+    backward: int
 
 
 class Hollow(TorchDispatchMode):
@@ -144,9 +145,10 @@ def rehearse(model: nn.Module, attach: Callable[[nn.Module], Told], batch: Batch
             model.train()
             before, seen.peak = seen.now, seen.now
             total = (trunk.logprobs(batch, batch.weights_N) * batch.weights_N).sum()
-            forward = seen.now
+            forward, begun = seen.peak, seen.now
+            seen.peak = begun
             total.backward()  # type: ignore[no-untyped-call]
-            return Seen(forward - before, seen.peak - before), told
+            return Seen(forward - before, begun - before, seen.peak - before), told
     finally:
         trunk.close()
 

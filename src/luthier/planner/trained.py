@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from luthier.contracts.method import Method, trains
+from luthier.models.last_layer import EVERY_ROW
 from luthier.models.projection import Projection
 from luthier.models.shapes import Shapes, output_head, shapes_of
 from luthier.models.sites import AdaptedLinear, named_sites, sites
@@ -83,6 +84,7 @@ class Trained:
     norms_train: bool
     head_trains: bool
     embedding_trains: bool
+    every_row: bool  # the last layer computes all of them, whatever is scored
     first: int  # the lowest layer in which something trains: those below keep nothing
     measured: bool  # a method whose activations the predictions were measured on
     extra: Extra | None = None
@@ -133,7 +135,8 @@ def attach(method: Method, model: nn.Module) -> Trained:
         layers=_layers(model, shapes), norms_train=any(p.ndim == 1 and id(p) in base for p in trained),
         head_trains=head is not None and any(trains(p) for p in head.parameters()),
         embedding_trains=embedding is not None and any(trains(p) for p in embedding.parameters()),
-        first=_first(model, shapes), measured=_is_plain(model, of_base > 0),
+        every_row=bool(getattr(model, EVERY_ROW, False)), first=_first(model, shapes),
+        measured=_is_plain(model, of_base > 0),
     )  # fmt: skip
 
 

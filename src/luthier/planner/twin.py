@@ -70,14 +70,14 @@ def _rehearsed(method: Method, config: Any, batch: Batch) -> tuple[float, float,
     shape = read_shape(_twin(config, _FEW, "logprobs"))
     rehearsed = [rehearse(_twin(config, n, "logprobs"), partial(attach, method), batch) for n in (_FEW, _FEW + 1)]
     seen, trained = [one for one, _ in rehearsed], rehearsed[0][1]
-    load, numbers = load_of(batch), Numbers(4, 4)
+    load, numbers = replace(load_of(batch), whole=trained.every_row), Numbers(4, 4)
     kept = activations.kept(shape.form, trained, load, numbers)
     logits = head.head_bytes(shape.form, load, head.mode_of(trained, reads="logprobs", linear=True), numbers, "cpu")
     layer = seen[1].forward - seen[0].forward
     last = seen[0].forward - (activations.held_by_forward(kept, Again(_FEW)) - kept.layer + layer) - logits
     formula = max(activations.held_in_last(kept, Again(_FEW)), activations.held_in_backward(kept, Again(_FEW)))
-    flight = seen[0].peak - formula - (layer - kept.layer) - last
-    return layer - kept.layer, last, flight if seen[0].peak > seen[0].forward else min(0, flight)
+    flight = seen[0].backward - formula - (layer - kept.layer) - last
+    return layer - kept.layer, last, flight if seen[0].backward > seen[0].begun else min(0, flight)
 
 
 def _line(small: int, large: int, of_small: float, of_large: float) -> Line:
