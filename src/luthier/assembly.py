@@ -36,6 +36,7 @@ from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
 from luthier.engine.checkpoint import found
+from luthier.engine.optimizer import optimizer_notes
 from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
@@ -101,10 +102,10 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     if recipe.train.optimizer_in_backward:
         check_in_backward(method, recipe.train.max_grad_norm, regularizers)
     device = resolve_device(recipe.engine.device)
+    notes = optimizer_notes(type(method), recipe.train, device)
     precision = _precision(recipe, device)
     settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)
-    notes: list[str] = []
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)

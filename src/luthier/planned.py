@@ -13,6 +13,7 @@ from typing import Any
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
+from luthier.engine.optimizer import check_together
 from luthier.models.directory import find_directory, read_json, scan
 from luthier.planner import twin
 from luthier.planner.formats import Stored
@@ -50,6 +51,7 @@ def plan_of(
 ) -> Planned:
     """`device`: cpu or cuda. `words`: a configuration in place of the model directory's."""
     method: Method = resolve.build("methods", recipe.method)
+    check_together(type(method), recipe.train.optimizer)
     if tokenize is not None:
         method = method.with_texts(tokenize)
     objective: Objective = resolve.build("objectives", recipe.objective)

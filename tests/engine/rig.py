@@ -84,6 +84,7 @@ class Options:
     checkpoint_activations: Any = "auto"
     keep_best: str | None = "eval_loss"
     in_backward: bool = False  # the optimizer's step inside backward
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     family: str = "llama"
     reference: str | None = None  # method_off, frozen_copy, cached: pairs, with a reference had in this way
@@ -107,7 +108,7 @@ def build(directory: Path, **changes: Any) -> Run:
     section = TrainSection(
         max_steps=o.steps, save_every=o.save_every, keep=o.keep, learning_rate=o.learning_rate, seed=o.seed,
         warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule, max_grad_norm=o.max_grad_norm,
-        optimizer_in_backward=o.in_backward,
+        optimizer_in_backward=o.in_backward, optimizer=o.optimizer,
     )  # fmt: skip
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)

@@ -157,7 +157,7 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("objective: simpo\nsimpo_gamma: 0.5\n", ["unknown field `objective.simpo_gamma`", "did you mean `gamma`?"]),
         ("objective: dpo\nref_model: other\n", ["the base that the run starts from"]),
         ("wat: 1\n", ["unknown field `wat`"]),
-        ("optim: sgd9\n", ["`train.optimizer` takes adamw", "sgd9"]),
+        ("optim: sgd9\n", ["`train.optimizer` takes adafactor | adamw", "saw sgd9", "did you mean `sgd`?"]),
     ],
 )
 def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -166,6 +166,15 @@ def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> 
     line = caught.value.line()
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw"), ("lion_32bit", "lion"), ("sgd", "sgd"),
+     ("paged_adamw_8bit", "paged_adamw_8bit"), ("adafactor", "adafactor"), ("adamw_torch_fused", "adamw")],
+)  # fmt: skip
+def test_optimizers_of_peers(tmp_path: Path, theirs: str, ours: str) -> None:
+    assert got(tmp_path, f"model: m\ndata: x\noptim: {theirs}\n")[0]["train.optimizer"] == ours
 
 
 def test_every_target_is_a_field() -> None:

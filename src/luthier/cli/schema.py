@@ -47,6 +47,7 @@ def generate() -> dict[str, Any]:
     """The schema from the sources: imports every method, objective and regularizer, and so torch."""
     from luthier.data.detect import known
     from luthier.recipe.recipe import Recipe
+    from luthier.recipe.resolve import names
 
     schema = _untitled(Recipe.model_json_schema())
     properties = schema["properties"]
@@ -72,6 +73,9 @@ def generate() -> dict[str, Any]:
         "anyOf": [{"enum": shapes, "type": "string"}, {"type": "null"}],
     }
     evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
+    train = schema["$defs"]["TrainSection"]["properties"]
+    rule = {key: value for key, value in train["optimizer"].items() if key != "minLength"}
+    train["optimizer"] = {**rule, "enum": names("optimizers")}
     stage = schema["$defs"]["StageSection"]["properties"]
     stage["data"] = {**stage["data"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}

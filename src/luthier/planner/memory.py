@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from luthier.planner import activations, head
 from luthier.planner.activations import FLOAT, Again, Numbers
-from luthier.planner.formats import Stored, state_bytes
+from luthier.planner.formats import Stored, state_bytes, workspace_bytes
 from luthier.planner.load import Course, Load
 from luthier.planner.shape import ModelShape
 from luthier.planner.trained import Trained
@@ -94,6 +94,7 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
     always, gradients = _always(shape, trained, setting), trained.active * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     standing = head.standing(form, setting.head)
+    stepping = workspace_bytes(setting.optimizer, trained.largest, setting.device)
     forward = activations.held_by_forward(kept, again)
     moments = {
         "head": always | {"gradients": before + standing, "activations": forward,
@@ -104,7 +105,7 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
         "backward": always | {"gradients": during + standing,
                               "activations": activations.held_in_backward(kept, again) - kept.flight,
                               "in flight": kept.flight},
-        "update": _kept_only(always) | {"gradients": whole + standing, "workspace": _update(trained, setting)},
+        "update": _kept_only(always) | {"gradients": whole + standing, "workspace": stepping},
     }  # fmt: skip
     if course.evaluation_tokens:
         rows = course.evaluation_tokens
@@ -160,11 +161,6 @@ def _gradients(trained: Trained, setting: Setting, course: Course, whole: int) -
         return whole, whole, whole
     room = _in_room(trained, setting, whole)
     return room, room, whole
-
-
-def _update(trained: Trained, setting: Setting) -> int:
-    """8-bit states are widened tensor by tensor."""
-    return 3 * FLOAT * trained.largest if "8bit" in setting.optimizer else 0
 
 
 def with_tokens(course: Course, tokens: int) -> Course:

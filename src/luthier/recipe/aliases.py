@@ -79,7 +79,10 @@ def _pref_loss(value: Any) -> Any:
 
 
 SCHEDULES = _words(constant_with_warmup="constant", warmup_stable_decay="wsd", cosine_with_min_lr="cosine")
-OPTIMIZERS = _words(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw")
+OPTIMIZERS = _words(
+    adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw", adamw_bnb_8bit="adamw_8bit",
+    paged_adamw_32bit="paged_adamw", lion_32bit="lion",
+)  # fmt: skip
 PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", no="fp32")
 DTYPES = _words(bf16="bfloat16", fp32="float32", fp16="float16", float="float32", half="float16")
 
