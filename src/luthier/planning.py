@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, encoder_of, prepared_rows, stream_spec
-from luthier.contracts.errors import LuthierError, ResourceError, UsageError
+from luthier.contracts.errors import LuthierError, OutOfMemory, ResourceError, UsageError
 from luthier.contracts.method import Method
 from luthier.data.stream import Stream
+from luthier.engine.precision import resolve_device
 from luthier.fitting import CourseAt, course_at, may_say, settled, singles_of, state_of
 from luthier.models.load import load_text
 from luthier.planned import Planned, config_words, on, plan_of
 from luthier.planner import calibration, fit, layout
 from luthier.planner.load import Course, assumed, course_of
 from luthier.planner.memory import Memory, base_bytes, with_tokens
+from luthier.planner.page import amount
 from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
@@ -254,3 +256,18 @@ def _fit(planned: Planned, room: int, words: dict[str, Any], found: calibration.
 def _last_of_each(taken: list[fit.Proposal]) -> list[fit.Proposal]:
     """Of a field that was changed twice, the last word."""
     return list({one.override.partition("=")[0]: one for one in taken}.values())
+
+
+def advise(error: OutOfMemory, recipe: Recipe) -> None:
+    """Add the changes that save most by the plan of the row that did not fit; nothing where no plan can be made."""
+    row = error.tokens or recipe.data.max_tokens
+    try:
+        planned = plan_of(recipe, assumed(row, row, row, 1.0, 0), resolve_device(recipe.engine.device).type)
+        if error.recompute:
+            planned = replace(planned, setting=replace(planned.setting, recompute_every=1))
+        found = fit.best(state_of(planned, row, config_words(recipe)), may_say(recipe), last=True)
+    except Exception:  # noqa: BLE001 advice must not stand in front of what went wrong
+        return
+    if found:
+        said = ", ".join(f"{one.override} saves {amount(one.saves)}" for one in found[: fit.BEST])
+        error.remedy = f"{error.remedy}; by the plan {said}"

@@ -25,7 +25,7 @@ from luthier import account
 from luthier.artifact import fold
 from luthier.assembly import MICROBATCH_TOKENS, assemble, assembling, encoder_of, engine_run, preparing_rows
 from luthier.building import built_rows
-from luthier.contracts.errors import DataError, UsageError
+from luthier.contracts.errors import DataError, OutOfMemory, UsageError
 from luthier.contracts.event import Event, Progress, StepDone
 from luthier.data.build import Built
 from luthier.data.crew import Progress as Tell
@@ -48,7 +48,7 @@ from luthier.models.load import load_text, save_whole
 from luthier.models.probe import open_trunk
 from luthier.models.quantise import format_of
 from luthier.opened import Opened, open_target, storage_of
-from luthier.planning import Asked, compare, predicted
+from luthier.planning import Asked, advise, compare, predicted
 from luthier.planning import plan as plan_recipe
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.sampling.generate import SamplingSpec, room, stream
@@ -127,6 +127,8 @@ def _train(training: Training, resume: str | None, fresh: bool) -> Iterator[Even
             assert run.outcome is not None
             training.report = account.end(work, directory, run.outcome)
     except Exception as error:
+        if isinstance(error, OutOfMemory):
+            advise(error, recipe)
         error.run_log = str(log)  # type: ignore[attr-defined]
         raise
 

@@ -18,7 +18,7 @@ from luthier.contracts.event import Noted, Resumed, Saved
 from luthier.disk import durable, fault
 from luthier.engine import checkpoint, saving
 from luthier.engine.journal import metric_rows, read
-from luthier.engine.tensors import write_tensors
+from luthier.engine.tensors import all_finite, write_tensors
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json")
 
@@ -267,3 +267,15 @@ def test_another_schema_is_refused_by_number(tmp_path: Path) -> None:
 def test_only_safetensors_and_json(whole: Path) -> None:
     names = {path.name for path in (whole / "checkpoint-12").iterdir()}
     assert names == set(FILES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_seen_without_a_copy(dtype: torch.dtype) -> None:
+    whole = torch.randn(3, 7).to(dtype)
+    assert all_finite(whole)
+    assert all_finite(torch.empty(0, dtype=dtype))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for place in ((0, 0), (1, 3), (2, 6)):
+            spoilt = whole.clone()
+            spoilt[place] = bad
+            assert not all_finite(spoilt)

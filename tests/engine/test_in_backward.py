@@ -47,7 +47,7 @@ def alive(model: nn.Module) -> Iterator[list[int]]:
 def test_the_weights_are_those_of_the_plain_way(tmp_path: Path, family: str, microbatch_tokens: int | None) -> None:
     """Eight steps; gpt2's head and embedding are one tensor, whose gradient is whole only at the end.
 
-    To 1e-6, and to 1e-5 where the gradient is nothing but rounding, which AdamW divides by its own size: a bias of
+    To 3e-6, and to 1e-5 where the gradient is nothing but rounding, which AdamW divides by its own size: a bias of
     the keys moves no softmax, and the plain way sums in another order (models/gradient_room.py).
     """
     ends, told = [], []
@@ -58,7 +58,7 @@ def test_the_weights_are_those_of_the_plain_way(tmp_path: Path, family: str, mic
         ends.append(weights(run.trunk.model))
     start = weights(rig.tiny(family))
     for name, tensor in ends[0].items():
-        limit = 1e-5 if name.endswith("c_attn.bias") else 1e-6
+        limit = 1e-5 if name.endswith("c_attn.bias") else 3e-6
         assert (tensor - ends[1][name]).abs().max() < limit, name
     assert max(float((ends[0][name] - start[name]).abs().max()) for name in start) > 1e-3
     for one, two in zip(*told, strict=True):

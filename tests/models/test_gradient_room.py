@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.allocated import Allocated
 from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
@@ -175,7 +176,7 @@ def test_the_heads_gradient_is_written_too(rows: int, linear_loss: bool) -> None
     plain = token_logprobs_plain(hidden, head.weight, targets, bias_V=head.bias)
     expected = torch.autograd.grad(plain.dot(coefficients), [head.weight, head.bias])
     room = GradientRoom(head)
-    with room.open():
+    with room.open(0.5):
         for _ in range(2):
             how = How(coefficients if linear_loss else None, room=room)
             made = token_logprobs(hidden, head.weight, targets, bias_V=head.bias, how=how)
@@ -185,16 +186,17 @@ def test_the_heads_gradient_is_written_too(rows: int, linear_loss: bool) -> None
         assert (found - right).abs().max() <= 2e-6 * max(1.0, float(right.abs().max()))
 
 
+@pytest.mark.parametrize("factor", [0.25, None])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_several_forward_passes_before_one_backward(family: str) -> None:
-    """As the unpacked path makes them: gradients that wait for their factor do not overwrite each other."""
+def test_several_forward_passes_before_one_backward(family: str, factor: float | None) -> None:
+    """As the unpacked path makes them; with the factor known before, and not."""
     model = tiny(family)
     Full().attach(model)
     trunk = open_trunk(model)
     batches = [forest_batch(seed) for seed in (1, 2, 3)]
 
     def run() -> None:
-        parts = [trunk.logprobs(b, b.weights_N).dot(b.weights_N) * (2 + i) for i, b in enumerate(batches)]
+        parts = [trunk.logprobs(b, b.weights_N).dot(b.weights_N) * (factor or 2.0 + i) for i, b in enumerate(batches)]
         sum(parts).backward()
 
     run()
@@ -202,7 +204,7 @@ def test_several_forward_passes_before_one_backward(family: str) -> None:
     model.zero_grad(set_to_none=True)
     room = GradientRoom(model)
     for _ in range(2):
-        with room.open():
+        with room.open(factor):
             run()
         close(gradients(model), expected)
         for parameter in model.parameters():
@@ -210,6 +212,49 @@ def test_several_forward_passes_before_one_backward(family: str) -> None:
                 parameter.grad = None
         room.clear()
     room.undo()
+
+
+def test_a_loss_that_is_another_multiple_than_was_said_is_an_error() -> None:
+    head, hidden, coefficients = nn.Linear(12, 37), torch.randn(9, 12), torch.randn(9)
+    room = GradientRoom(head)
+    with room.open(0.5):
+        how = How(coefficients, room=room)
+        made = token_logprobs(hidden, head.weight, torch.arange(9), bias_V=head.bias, how=how)
+        with pytest.raises(RuntimeError, match="coefficients"):
+            made.dot(coefficients).backward()
+    room.undo()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_needs_no_second_matrix_of_the_heads_size(tied: bool) -> None:
+    """Nor, from the second step on, a chunk of logits where another gradient's memory lies idle."""
+    model = tiny("llama", vocab_size=12000, tie_word_embeddings=tied)
+    Full().attach(model)
+    trunk, batch = open_trunk(model), probe_batch(VOCABULARY, (-1,), (45,))
+    strategy = Single(torch.device("cpu"), resolve_precision("fp32", torch.device("cpu")))
+    strategy.place(model)
+    strategy.bind(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    matrix, weights, peaks, found = 12000 * 64 * 4, sum(p.numel() * 4 for p in model.parameters()), [], []
+    chunk = batch.scored * 12000 * 4
+
+    def loss(batch: Batch) -> Loss:
+        return Loss(trunk.logprobs(batch, batch.weights_N).dot(batch.weights_N))
+
+    with Allocated() as seen:
+        for batches in ([batch], [batch], [batch, forest_batch(2)]):
+            seen.peak = seen.now
+            strategy.forward_backward(batches, loss, 3.0)
+            peaks.append(seen.peak)
+            found.append(strategy.clip(0.0))
+            strategy.zero()
+    strategy.release()
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert chunk < matrix
+    small = 0.6 * chunk  # the layers' activations
+    assert peaks[0] < weights + chunk + small
+    assert peaks[1] < weights + (chunk if tied else 0) + small
+    assert peaks[2] < weights + chunk + small
+    trunk.close()
 
 
 def test_the_strategy_keeps_the_memory_of_gradients_and_lets_go_at_the_end() -> None:

@@ -88,6 +88,14 @@ class ResourceError(LuthierError):
     code, exit_code = "resources", 5
 
 
+class OutOfMemory(ResourceError):
+    """Memory ran out and no smaller piece of work is left. `tokens`: of the row that did not fit, where one did not."""
+
+    def __init__(self, what: str, *, tokens: int | None = None, recompute: bool = False, **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.tokens, self.recompute = tokens, recompute
+
+
 class NumericError(LuthierError):
     """Numbers stopped being finite and the guard could not recover."""
 

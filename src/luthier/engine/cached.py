@@ -36,6 +36,7 @@ from luthier.contracts.record import Sample
 from luthier.data.stream import Stream
 from luthier.disk.durable import sha256, sync_directory, write_json
 from luthier.disk.fault import fault
+from luthier.engine.recovery import fitting
 from luthier.engine.scoring import check_finite
 from luthier.engine.task import Reference
 from luthier.engine.tensors import write_tensors
@@ -93,10 +94,15 @@ class Cached:
     ) -> Iterator[Event]:  # fmt: skip
         end_of = {sample.id: end for sample, end in zip(stream.samples, ends.tolist(), strict=True)}
         started = told = time.perf_counter()
-        done = 0
-        for batch in stream.batches():
+        done, notes = 0, list[str]()
+
+        def scores(batch: Batch) -> Tensor:
             poll()
-            found = self.direct.logprobs(batch.to(self.device)).float().cpu()
+            return self.direct.logprobs(batch.to(self.device)).float().cpu()
+
+        for batch, found in fitting(stream, scores, notes.append):
+            while notes:
+                yield Noted("warning", f"reference scores: {notes.pop(0)}")
             check_finite(found, batch)
             counts = torch.bincount(batch.group_Q[batch.sequence_N], minlength=len(batch.samples)).tolist()
             for sample, part in zip(batch.samples, found.split(counts), strict=True):

@@ -26,6 +26,7 @@ from luthier.contracts.record import Piece, Sample
 from luthier.data.pack import collate
 from luthier.data.stream import Stream
 from luthier.engine.gate_spec import Check, GateSpec, sources_of
+from luthier.engine.memory import give_back, is_out_of_memory
 from luthier.engine.strategy.single import Single
 
 _BUDGET_TOKENS = 2048
@@ -36,8 +37,22 @@ _LOOSE = (5e-2, 2e-2)
 
 
 def numbers(spec: GateSpec) -> list[Check]:
-    """In eval mode, which the caller sees to."""
+    """In eval mode, which the caller sees to; on fewer rows where memory runs out."""
     chosen = _few(spec.stream)
+    while True:
+        try:
+            return _numbers(spec, chosen)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        spec.scorer.trunk.model.zero_grad(set_to_none=True)
+        give_back(spec.scorer.device)
+        if len(chosen) == 1:
+            return [Check("packed = alone", "skip", {"reason": "out of memory with one row"})]
+        chosen = chosen[: len(chosen) // 2]
+
+
+def _numbers(spec: GateSpec, chosen: list[Sample]) -> list[Check]:
     loose_packed, loose_split = _TOLERANCE.get(spec.scorer.precision.compute, _LOOSE)
     whole = collate(chosen)
     packed = _read(spec, whole)

@@ -3,7 +3,8 @@
     weight of the step -> forward and backward of its microbatches -> penalty -> norm -> guard -> optimizer
 
 The weight is known before the first forward, so a split into microbatches cannot change the result. Nothing
-touches the weights before the guard has seen loss and gradient norm. Evaluation and saving happen between
+touches the weights before the guard has seen loss and gradient norm, so up to there a step can be done again
+(engine/recovery.py). Evaluation and saving happen between
 steps, at the loop's head, so a resumed run finds them done or not done by its state alone. Every event is in
 the journal before a reader sees it.
 """
@@ -23,11 +24,14 @@ from luthier.contracts.objective import Loss
 from luthier.disk.lock import hold
 from luthier.engine.journal import Journal
 from luthier.engine.memory import give_back, held_bytes
+from luthier.engine.recovery import not_twice, smaller_step
 from luthier.engine.seeds import deterministic, seed_step
 from luthier.engine.signals import Interrupted, Signals
 from luthier.engine.sums import means
 from luthier.engine.task import Run
 from luthier.engine.work import Work
+
+_UPDATE = "nothing of it was saved: go on with --resume auto and less to keep, such as engine.offload_optimizer"
 
 
 def train(run: Run) -> Iterator[Event]:
@@ -76,22 +80,22 @@ def _step(work: Work) -> Iterator[Event]:
         seed_step(run.train.seed, number)
         microbatches = work.microbatches(number)
         weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
-        run.method.begin_step(work.model, microbatches)
         try:
-            stats = work.scorer.statistics(microbatches, work.samples(number), run.stream)
+            run.method.begin_step(work.model, microbatches)
+            stats = work.scorer.statistics(microbatches, work.samples(number), work.stream)
 
             def loss_of(batch: Batch, stats: object = stats) -> Loss:
                 work.signals.poll()
                 return work.scorer.loss(batch, stats)
 
             loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
+            penalty = strategy.backward(work.penalty())
+            norm = strategy.clip(run.train.max_grad_norm)
             break
         except Exception as error:  # noqa: BLE001 (smaller microbatches if memory ran out, else it goes on up)
-            note = work.smaller_microbatches(error, microbatches)
+            note = smaller_step(work, error, microbatches)
         give_back(run.device)
         yield Noted("warning", note)
-    penalty = strategy.backward(work.penalty())
-    norm = strategy.clip(run.train.max_grad_norm)
     state.step = number
     if reason := work.guard.objection(loss + penalty, norm):
         strategy.zero()
@@ -99,8 +103,9 @@ def _step(work: Work) -> Iterator[Event]:
         yield StepSkipped(number, reason + strategy.half_done, rows)
         yield from work.after_skip()
         return
-    strategy.step()
-    run.method.after_step(work.model, number, work.steps)
+    with not_twice("in the update of the weights, which cannot be done again", where=f"step {number}", remedy=_UPDATE):
+        strategy.step()
+        run.method.after_step(work.model, number, work.steps)
     strategy.zero()
     tokens, scored = sum(b.tokens for b in microbatches), sum(b.scored for b in microbatches)
     state.tokens, state.scored_tokens = state.tokens + tokens, state.scored_tokens + scored

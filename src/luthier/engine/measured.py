@@ -26,9 +26,12 @@ from luthier.data.pack import collate
 from luthier.disk.durable import sha256, write_json
 from luthier.engine.cached import samples_digest
 from luthier.engine.modes import at_rest
+from luthier.engine.recovery import not_twice
 from luthier.engine.task import Run
 from luthier.engine.tensors import write_tensors
 from luthier.recipe.fingerprint import digest
+
+_SHORTER = "lower data.max_tokens, or take the regularizer out"
 
 
 def measure(regularizer: Regularizer, rows: Sequence[Sample], run: Run, poll: Callable[[], None]) -> Iterator[Event]:
@@ -46,7 +49,8 @@ def measure(regularizer: Regularizer, rows: Sequence[Sample], run: Run, poll: Ca
             yield Noted("info", f"what {len(rows)} rows gave before the first step is taken from {file.name}")
             return
     started = time.perf_counter()
-    with at_rest(model):
+    single = not_twice("while single rows are measured before the first step", where="regularizers", remedy=_SHORTER)
+    with at_rest(model), single:
         regularizer.measure(model, _losses(rows, run, poll))
     yield Scoring(len(rows), len(rows), time.perf_counter() - started)
     _keep(place, regularizer.tensors(model))

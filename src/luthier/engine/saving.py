@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Saved
 from luthier.disk.durable import DISK_FULL
 from luthier.engine import checkpoint
 from luthier.engine.optimizer import load_state, state_bytes, state_tensors
 from luthier.engine.state import TrainState, load_random_state, load_trained, random_state, trained_tensors
+from luthier.engine.tensors import all_finite
 
 if TYPE_CHECKING:
     from luthier.engine.work import Work
@@ -31,7 +30,7 @@ def content_of(work: Work) -> checkpoint.Content:
     """Everything the rest of the run depends on; the journal is on the disk before it."""
     weights = trained_tensors(work.model)
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise NumericError(
                 "weights stopped being finite; nothing was saved", where=name, value="NaN or infinity",
                 remedy="earlier checkpoints are intact; lower train.learning_rate",

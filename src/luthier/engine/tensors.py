@@ -46,3 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 put(flat.view(torch.uint8).numpy().data)
 
     return write_parts(path, parts)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Without a copy of the tensor, which `torch.isfinite` makes: what is not a number comes through as a bound."""
+    return not tensor.numel() or all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())

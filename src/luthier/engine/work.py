@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.contracts.batch import Batch
-from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
+from luthier.contracts.errors import CheckpointError, NumericError
 from luthier.contracts.event import Event, Noted, Resumed, RunStarted
 from luthier.contracts.method import trains
 from luthier.contracts.record import Sample
@@ -23,16 +23,17 @@ from luthier.engine.course import Thaw, course_of
 from luthier.engine.held_out import evaluate
 from luthier.engine.journal import Journal
 from luthier.engine.measured import measure
-from luthier.engine.memory import is_out_of_memory
+from luthier.engine.memory import give_back
 from luthier.engine.modes import train_mode
 from luthier.engine.optimizer import build_optimizer, set_learning_rate
+from luthier.engine.recovery import smaller_evaluation
 from luthier.engine.resume import agree, find
 from luthier.engine.scoring import Scorer
 from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
 from luthier.engine.strategy.choice import strategy_of
 from luthier.engine.task import Outcome, Run
-from luthier.models.recompute import Recomputed, checkpoints_blocks
+from luthier.models.recompute import Recomputed
 from luthier.models.weights import numbers_of
 
 _SAVES_PER_RUN = 10
@@ -49,7 +50,7 @@ class Work:
         self.steps = self.course.steps
         self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
-        self.stream = run.stream
+        self.stream, self.evaluation = run.stream, run.evaluation
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)
         self.model = self.strategy.place(run.trunk.model)
@@ -158,26 +159,6 @@ class Work:
         """Passes over the rows when the steps so far are done."""
         return self.run.stream.epoch_at(self.state.step + self.state.passed_over)
 
-    def smaller_microbatches(self, error: Exception, microbatches: Sequence[Batch]) -> str:
-        """Halve what is computed at once under the same rows per step; re-raises what is not a lack of memory."""
-        if not is_out_of_memory(error):
-            raise error
-        self.strategy.zero()
-        largest = max(microbatches, key=lambda batch: batch.tokens)
-        divisible = [batch.tokens for batch in microbatches if len(batch.samples) > 1]
-        may_recompute = self.run.engine.checkpoint_activations == "auto" and not self.state.recompute
-        if not divisible and may_recompute and checkpoints_blocks(self.model):
-            self.use_recompute(True)
-            return f"out of memory at one row of {largest.tokens} tokens: activations are recomputed from here on"
-        if not divisible:
-            raise ResourceError(
-                "out of memory with a single row in a microbatch", where=str(largest.sources[0]),
-                value=f"{largest.tokens} tokens", remedy="lower data.max_tokens, or use a smaller model",
-            ) from error  # fmt: skip
-        fewer = max(1, max(divisible) // 2)
-        self.use_microbatches(fewer)
-        return f"out of memory at {largest.tokens} tokens: microbatches of {fewer} tokens from here on, same steps"
-
     def use_recompute(self, said: int | str) -> None:
         """Less memory for activations, up to a third more time; the numbers stay."""
         if self.recomputed is not None:
@@ -202,8 +183,15 @@ class Work:
 
     def evaluate(self) -> Iterator[Event]:
         state = self.state
-        assert self.run.evaluation is not None
-        found = evaluate(self.scorer, self.run.evaluation, state.step, self.signals.poll)
+        while True:
+            assert self.evaluation is not None
+            try:
+                found = evaluate(self.scorer, self.evaluation, state.step, self.signals.poll)
+                break
+            except Exception as error:  # noqa: BLE001 (smaller batches if memory ran out, else it goes on up)
+                self.evaluation, note = smaller_evaluation(self.evaluation, error)
+            give_back(self.run.device)
+            yield Noted("warning", note)
         finite = math.isfinite(found.eval_loss)
         state.evaluated, state.eval_loss = state.step, found.eval_loss if finite else None
         self.better = finite and (state.best_loss is None or found.eval_loss < state.best_loss)

@@ -6,7 +6,9 @@
 Fresh memory is dear: on a CPU the zeros for one microbatch's gradient of an embedding of 65 MB took 70 ms to fault in.
 So while a strategy holds the room open, linears and embeddings with trained weights run under
 functions that write their weight's gradient themselves, and on a CPU the gradients of one step are the room of the
-next. The log-probabilities write the head's (models/logprobs.py). What reaches such a weight by another way still
+next. The log-probabilities write the head's (models/logprobs.py), already in the forward pass where the loss is known
+to be `factor` times what its objective declared; and what lies there of the last step is lent until it is written
+over, so that a forward pass needs less memory of its own. What reaches such a weight by another way still
 counts: a hook clears what is left of the last step before autograd adds to it. Sums differ from autograd's in the
 order of rounding only. Not for strategies that hang their work on autograd's accumulation (optimizer in backward).
 """
@@ -37,7 +39,7 @@ class GradientRoom:
         self._modules: list[Any] = [module for module in model.modules() if _suits(module)]
         self._weights: list[nn.Parameter] = list({id(m.weight): m.weight for m in self._modules}.values())
         self._old: set[int] = set()  # weights whose gradient is of an earlier step
-        self._standing: dict[int, Tensor] = {}
+        self.factor: float | None = None
         self._hooks = [_hook(weight, self._guard(weight)) for weight in self._weights]
         for module in self._modules:
             module.__dict__[ROOM] = self
@@ -48,13 +50,16 @@ class GradientRoom:
         return self._weights
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Within it gradients are written here. After it, a weight that got none in this step has none."""
-        self._open = True
+    def open(self, factor: float | None = None) -> Iterator[None]:
+        """Within it gradients are written here. After it, a weight that got none in this step has none.
+
+        `factor`: what an objective's sum is multiplied with before its backward, where that is known.
+        """
+        self._open, self.factor = True, factor
         try:
             yield
         finally:
-            self._open = False
+            self._open, self.factor = False, None
         for weight in self._weights:
             if id(weight) in self._old:
                 weight.grad = None
@@ -79,7 +84,6 @@ class GradientRoom:
                 weight.grad = None
         self._modules, self._weights, self._hooks = [], [], []
         self._old.clear()
-        self._standing.clear()
 
     def takes(self, weight: Tensor, *made_of: Tensor) -> bool:
         """Whether a product of these is this weight's gradient as it is, without casts."""
@@ -104,17 +108,13 @@ class GradientRoom:
         grad, begun = self.begin(weight)
         (grad if begun else grad.zero_()).index_add_(0, ids, rows)
 
-    def before_scale(self, weight: Tensor) -> Tensor:
-        """Where to write a gradient whose factor is known later (`scale`): memory that is kept from call to call, or
-        new memory while another call's gradient still waits in it."""
-        kept = self._standing.pop(id(weight), None)
-        return torch.empty_like(weight) if kept is None else kept
-
-    def scale(self, weight: Tensor, made: Tensor, factor: Tensor) -> None:
-        """weight.grad += factor * made; `made` is free again."""
-        grad, begun = self.begin(weight)
-        grad.addcmul_(made, factor) if begun else torch.mul(made, factor, out=grad)
-        self._standing[id(weight)] = made
+    def lent(self, numbers: int) -> Tensor | None:
+        """Flat float32 memory of a gradient that is of the past, to write on until the backward pass; None: no such."""
+        past = [weight.grad for weight in self._weights if id(weight) in self._old and weight.grad is not None]
+        fit = [
+            grad for grad in past if grad.numel() >= numbers and grad.dtype == torch.float32 and grad.is_contiguous()
+        ]
+        return fit[0].view(-1)[:numbers] if fit else None
 
     def _guard(self, weight: nn.Parameter) -> Any:
         def before_autograd_adds(grad: Tensor | None) -> None:

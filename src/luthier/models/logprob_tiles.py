@@ -13,7 +13,7 @@ three products in all; `again` makes the logits a second time, for gradients kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,6 +73,7 @@ class Head:
     bias_V: Tensor | None
     head_map: HeadMap
     tile: Tile
+    lent: Callable[[int], Tensor | None] | None = None  # who may have memory for a while
 
     def columns(self) -> Iterator[slice]:
         for first in range(0, len(self.weight_VD), self.tile.columns):
@@ -102,6 +103,11 @@ class Head:
 
     def buffer(self, numbers: int) -> Tensor:
         return torch.empty(numbers, dtype=torch.float32, device=self.weight_VD.device)
+
+    def chunk(self, numbers: int) -> Tensor:
+        """A large buffer, in memory that somebody else does not need now if there is such."""
+        lent = None if self.lent is None else self.lent(numbers)
+        return self.buffer(numbers) if lent is None else lent
 
     def add_product(self, into: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
         """into (float32) += left @ right in the dtype that computes, or = where `fresh`."""
@@ -196,7 +202,7 @@ def stored(head: Head, hidden_ND: Tensor, targets_N: Tensor, grad_N: Tensor, int
     """logprobs_N, and into `into` the gradients of sum_n grad_n logprob_n: three products, one chunk kept."""
     logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     size = _even(len(hidden_ND), head.tile.stored)
-    kept = head.buffer(size * len(head.weight_VD))
+    kept = head.chunk(size * len(head.weight_VD))
     slopes = None if head.head_map.softcap is None else torch.empty_like(kept)
     for rows in Rows.split(head, hidden_ND, targets_N, grad_N, size):
         running, count = Running(), len(rows.hidden)

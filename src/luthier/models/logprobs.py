@@ -10,7 +10,8 @@ GPU in models/logprob_chunks.py):
               exact for any objective built on the log-probabilities. Two products.
     linear    the head trains and the objective declared its loss linear, sum_n c_n logprob_n times one scalar:
               d h and dW of that sum in the forward pass, scaled in the backward pass. Three products; a gradient
-              that is no multiple of c is an error.
+              that is no multiple of c is an error. With a gradient room that knows the scalar, dW is added to the
+              weight's gradient as it is made, and another scalar is an error too.
     again     the head trains and nothing is known: the logits are made again in the backward pass. Four products.
 
 The softmax and dW are float32 whatever the weights are. `token_logprobs_plain` is the twin.
@@ -58,6 +59,7 @@ def token_logprobs(
     with torch.autocast(kind, enabled=False):
         room = how.room if how.room is not None and len(hidden_ND) and how.room.takes(weight_VD) else None
         room = room if weight_VD.dtype == compute == torch.float32 else None
+        room = None if room is not None and mode == "linear" and room.factor is None else room
         spec = _Spec(head_map, compute, mode, how.tile, room)
         coefficients_N = None if how.coefficients_N is None else how.coefficients_N.detach().float()
         return _TokenLogprobs.apply(hidden_ND, weight_VD, bias_V, targets_N, coefficients_N, spec)
@@ -101,7 +103,8 @@ class _Spec:
 
     def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
         weight_VD = weight_VD.to(self.compute)
-        return Head(weight_VD, bias_V, self.head_map, self.tile or tile_for(weight_VD))
+        lent = None if self.room is None else self.room.lent
+        return Head(weight_VD, bias_V, self.head_map, self.tile or tile_for(weight_VD), lent)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -119,14 +122,12 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.spec, ctx.dtypes = spec, tuple(None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V))
         if spec.mode == "linear":
             assert coefficients_N is not None
-            need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-            stands = spec.room is not None and need_weight
-            into = _places((need_hidden, need_weight and not stands, need_bias), hidden_ND, weight_VD, bias_V)
-            if spec.room is not None and need_weight:
-                into = into._replace(weight_VD=spec.room.before_scale(weight_VD))
+            if spec.room is not None and spec.room.factor is not None:
+                coefficients_N = coefficients_N * spec.room.factor
+            into = _places(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V, spec.room)
             made = _loops(hidden).stored(head, hidden, targets_N, coefficients_N, into)
-            ctx.made = into
-            ctx.save_for_backward(coefficients_N, weight_VD)
+            ctx.made = into if spec.room is None else into._replace(weight_VD=None)
+            ctx.save_for_backward(coefficients_N)
             return made
         jacobian_ND = torch.empty_like(hidden_ND) if spec.mode == "jacobian" else None
         logprobs_N, norm_N = _loops(hidden).values(head, hidden, targets_N, jacobian_ND)
@@ -144,15 +145,16 @@ class _TokenLogprobs(torch.autograd.Function):
             (jacobian_ND,) = ctx.saved_tensors
             return jacobian_ND * grad_N[:, None].to(jacobian_ND.dtype), None, None, None, None, None
         if mode == "linear":
-            coefficients_N, weight_VD = ctx.saved_tensors
+            (coefficients_N,) = ctx.saved_tensors
             if ctx.made is None:
                 raise RuntimeError("the gradients made in the forward pass are spent: backward a second time")
             into, ctx.made = ctx.made, None
-            factor = _factor(grad_N, coefficients_N)
-            if ctx.spec.room is not None and into.weight_VD is not None:
-                ctx.spec.room.scale(weight_VD, into.weight_VD, factor)
-                into = into._replace(weight_VD=None)
-            found = tuple(None if x is None else x.mul_(factor) for x in into[:3])
+            if ctx.spec.room is None:
+                factor = _factor(grad_N, coefficients_N)
+                found = tuple(None if x is None else x.mul_(factor) for x in into[:3])
+            else:
+                _check_same(grad_N, coefficients_N)
+                found = into[:3]
         else:
             hidden_ND, weight_VD, bias_V, targets_N, norm_N = ctx.saved_tensors
             into = _places(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V, ctx.spec.room)
@@ -199,3 +201,12 @@ def _factor(grad_N: Tensor, coefficients_N: Tensor) -> Tensor:
             "`coefficients` must be what `loss` multiplies them with"
         )
     return factor
+
+
+def _check_same(grad_N: Tensor, coefficients_N: Tensor) -> None:
+    """RuntimeError where the gradient is another than was said: the weight's is made of what was said."""
+    if (grad_N - coefficients_N).norm() > _ROUNDING * coefficients_N.norm():
+        raise RuntimeError(
+            "the objective's sum is not what it declared: `coefficients` must be what `loss` multiplies the "
+            "log-probabilities with, itself and not a multiple of it"
+        )

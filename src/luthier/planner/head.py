@@ -1,8 +1,9 @@
 """The output matrix's share of a plan: no N x V logits, but tiles or chunks of them (models/logprob_tiles.py).
 
     frozen head      d logprob / d hidden made in the forward pass: hidden and its derivative, N D each, and one tile
-    trained, linear  hidden and its gradient, one chunk of exponentials of all columns; the gradient of the matrix once
-                     more until its factor is known
+    trained, linear  hidden and its gradient, one chunk of exponentials of all columns, and the gradient of the matrix,
+                     which is made in the forward pass. Where gradients lie all the time (models/gradient_room.py) it is
+                     among them, and another's memory serves as the chunk if it is large enough
     trained, again   hidden, later its gradient, one tile
 
 On a GPU a chunk is some rows of all columns in the dtype that computes (models/logprob_chunks.py). The sizes come
@@ -53,8 +54,8 @@ class _OnCpu:
         return self._rows * self._columns
 
 
-def head_bytes(form: Form, load: Load, mode: str, numbers: Numbers, device: str) -> int:
-    """At the end of the forward pass, from the last norm on."""
+def head_bytes(form: Form, load: Load, mode: str, numbers: Numbers, device: str, lent: int = 0) -> int:
+    """At the end of the forward pass, from the last norm on; `lent`: bytes of another gradient that lie idle."""
     rows, width = load.scored, form.width
     into_norm = load.kept * width * numbers.stream
     if mode == "scores" or not rows:
@@ -67,8 +68,9 @@ def head_bytes(form: Form, load: Load, mode: str, numbers: Numbers, device: str)
         return into_norm + hidden + made + chunk + product
     if mode == "linear":
         chunk_rows = _even(rows, tile.stored)
-        normed = into_norm
-        return into_norm + normed + hidden + rows * width * FLOAT + chunk_rows * (form.vocabulary + 2 * width) * FLOAT
+        chunk, normed = chunk_rows * form.vocabulary * FLOAT, into_norm
+        chunk = 0 if chunk <= lent else chunk
+        return into_norm + normed + hidden + rows * width * FLOAT + chunk + 2 * chunk_rows * width * FLOAT
     return into_norm + 2 * hidden + _tile(form, tile, rows)
 
 
@@ -81,9 +83,9 @@ def evaluation(form: Form, load_tokens: int, device: str, numbers: Numbers) -> i
     return hidden + min(tile.rows, load_tokens) * min(tile.columns, form.vocabulary) * FLOAT
 
 
-def standing(form: Form, mode: str) -> int:
-    """The head's gradient before its factor is known, kept from step to step (models/gradient_room.py)."""
-    return form.vocabulary * form.width * FLOAT if mode == "linear" else 0
+def standing(form: Form, mode: str, *, in_room: bool) -> int:
+    """The head's gradient from the forward pass on, where the gradients do not lie there anyway."""
+    return form.vocabulary * form.width * FLOAT if mode == "linear" and not in_room else 0
 
 
 def _tile(form: Form, tile: Tile, rows: int) -> int:

@@ -93,25 +93,27 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
     again = Again(max(1, form.layers), setting.recompute_every)
     always, gradients = _always(shape, trained, setting), trained.active * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
-    standing = head.standing(form, setting.head)
+    room = _in_room(trained, setting, gradients)
+    standing = head.standing(form, setting.head, in_room=bool(room))
+    lent = _second(trained) * FLOAT if room and course.microbatches == 1 else 0
     stepping = workspace_bytes(setting.optimizer, trained.largest, setting.device)
     forward = activations.held_by_forward(kept, again)
     moments = {
         "head": always | {"gradients": before + standing, "activations": forward,
-                          "logits": head.head_bytes(form, load, setting.head, numbers, setting.device)},
+                          "logits": head.head_bytes(form, load, setting.head, numbers, setting.device, lent)},
         "last": always | {"gradients": before + standing,
                           "activations": activations.held_in_last(kept, again) - kept.flight_last,
                           "in flight": kept.flight_last},
         "backward": always | {"gradients": during + standing,
                               "activations": activations.held_in_backward(kept, again) - kept.flight,
                               "in flight": kept.flight},
-        "update": _kept_only(always) | {"gradients": whole + standing, "workspace": stepping},
+        "update": _kept_only(always) | {"gradients": whole, "workspace": stepping},
     }  # fmt: skip
     if course.evaluation_tokens:
         rows = course.evaluation_tokens
         found = activations.evaluation(form, rows, numbers) + head.evaluation(form, rows, setting.device, numbers)
-        left = before if course.microbatches == 1 else _in_room(trained, setting, gradients)
-        moments["evaluation"] = always | {"gradients": left + standing, "evaluation": found}
+        left = before if course.microbatches == 1 else room
+        moments["evaluation"] = always | {"gradients": left, "evaluation": found}
     peak = max(sum(moment.values()) for moment in moments.values())
     beyond = LIBRARIES if setting.device == "cpu" else CONTEXT + round(SLACK * peak)
     return Memory({name: {k: v for k, v in terms.items() if v} for name, terms in moments.items()}, load, beyond)
@@ -150,6 +152,11 @@ def _kept_only(always: dict[str, int]) -> dict[str, int]:
 def _in_room(trained: Trained, setting: Setting, gradients: int) -> int:
     """Gradients of whole matrices stay from step to step on a CPU (models/gradient_room.py)."""
     return gradients if trained.base_trained and setting.device == "cpu" and not setting.in_backward else 0
+
+
+def _second(trained: Trained) -> int:
+    """Elements of the largest tensor but one: where the largest is the head's, the embedding's."""
+    return sum(sorted(tensor.elements for tensor in trained.tensors)[-2:-1])
 
 
 def _gradients(trained: Trained, setting: Setting, course: Course, whole: int) -> tuple[int, int, int]:

@@ -132,7 +132,8 @@ def attach(method: Method, model: nn.Module) -> Trained:
         tensors.append(Tensor(p.numel(), id(p) in tables, states, tuple(p.shape), subspace))
     of_base = sum(count for key, count in base.items() if key in ids)
     return Trained(
-        tensors=tuple(tensors), frozen=sum(p.numel() for p in model.parameters() if id(p) not in ids), base_trained=of_base,
+        tensors=tuple(tensors), frozen=sum(p.numel() for p in model.parameters() if id(p) not in ids),
+        base_trained=of_base,
         active=sum(p.numel() for p in trained if p.requires_grad),
         buffers=sum(b.numel() * b.element_size() for b in model.buffers() if id(b) not in before),
         layers=_layers(model, shapes), norms_train=any(p.ndim == 1 and id(p) in base for p in trained),

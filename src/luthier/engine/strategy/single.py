@@ -60,7 +60,8 @@ class Single:
         self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
     ) -> tuple[float, dict[str, tuple[float, float]]]:
         sums = Sums()
-        with nullcontext() if self._room is None else self._room.open():
+        factor = 1 / divisor if divisor else None
+        with nullcontext() if self._room is None else self._room.open(factor):
             for batch in microbatches:
                 with self.precision.autocast(self.device):
                     found = loss(batch.to(self.device))
