@@ -174,7 +174,7 @@ def _first(model: nn.Module, shapes: Shapes) -> int:
     return min(found, default=0)
 
 
-def _states(parameter: Any, projection: Any) -> int:
+def _states(parameter: Any, projection: Any) -> tuple[int, int]:
     if not projection:
         return 2 * parameter.numel(), 0
     sizes = {name: rows * columns for name, (rows, columns) in Projection(**projection).slots(parameter.shape).items()}
