@@ -34,7 +34,7 @@ def room_of(recipe: Recipe, device: torch.device) -> int | None:
     """Bytes that the run may take; None: no limit. The context of a GPU exists by then and is not in what is free."""
     said = recipe.engine.memory
     if said != "auto":
-        return fit.read_bytes(said)
+        return fit.read_bytes(said, "engine.memory")
     return int(torch.cuda.mem_get_info(device)[0]) + CONTEXT if device.type == "cuda" else None
 
 

@@ -15,6 +15,7 @@ from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.engine.optimizer import check_together
 from luthier.models.directory import find_directory, read_json, scan
+from luthier.models.quantise import check_device
 from luthier.planner import twin
 from luthier.planner.formats import Stored
 from luthier.planner.head import mode_of
@@ -54,6 +55,7 @@ def plan_of(
     check_together(type(method), recipe.train.optimizer)
     if tokenize is not None:
         method = method.with_texts(tokenize)
+    check_device(recipe.model.quantization, device)
     objective: Objective = resolve.build("objectives", recipe.objective)
     config = config_of(config_words(recipe) if words is None else words)
     shape = read_shape(blank_model(config, objective.reads))
@@ -118,7 +120,7 @@ def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course
         notes.append("the activations of this method are taken as LoRA's: not measured")
     if setting.device != "cpu":
         notes.append("GPU memory is predicted by the formulas that were measured on a CPU: not measured on a GPU")
-    if setting.stored.name != "none":
+    if setting.stored.name != "none" and setting.device != "cpu":
         notes.append(f"{setting.stored.name}: one dequantised matrix at a time is counted as workspace")
     if not course.from_rows:
         notes.append("rows were not read: full microbatches of rows of one length are assumed")

@@ -56,7 +56,7 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
     words = config_words(recipe) if asked.words is None else asked.words
     rows = _rows(recipe, asked, device)
     planned = plan_of(recipe, rows.course, device.kind, words, rows.tokenize)
-    given = fit.read_bytes(recipe.engine.memory) if recipe.engine.memory != "auto" else None
+    given = fit.read_bytes(recipe.engine.memory, "engine.memory") if recipe.engine.memory != "auto" else None
     if given is not None:
         with suppress(ResourceError):  # what to change then is told below
             planned = settled(replace(planned, words=words), given, rows.longest, rows.at)
@@ -68,7 +68,7 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
         "memory": _memory(planned.memory, device.kind, found),
         "time": _time(planned, device, asked.devices), "notes": [*planned.notes, *_said(found)],
     }  # fmt: skip
-    room = fit.read_bytes(asked.fit) if asked.fit else given or device.memory
+    room = fit.read_bytes(asked.fit, "--fit") if asked.fit else given or device.memory
     if asked.gpus > 1:
         told["layout"] = _layout(planned, asked.gpus)
     if room is not None:

@@ -85,5 +85,11 @@ def test_other_forms_are_planned_and_say_so(family: str) -> None:
 def test_wrong_wishes_are_one_line() -> None:
     with pytest.raises(ModelError, match="not a model that transformers knows"):
         config_of({"model_type": "none-such"})
+    for odd in ({}, {"model_type": "llama", "hidden_size": "many"}, [1]):
+        with pytest.raises(ModelError, match=r"not a model|cannot read it|object of fields") as caught:
+            config_of(odd)  # type: ignore[arg-type]
+        assert "\n" not in caught.value.line()
+    with pytest.raises(ModelError, match="GPU's number format"):
+        planned(SMALL, model={"path": "unused", "quantization": "fp8"})
     with pytest.raises(RecipeError, match="trains the base's own weights"):
         planned(SMALL, "full", model={"path": "unused", "quantization": "nf4"})
