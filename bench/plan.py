@@ -3,7 +3,8 @@
 Instrument: bench/allocated.py, every storage from its making to its end over two whole steps (the first makes the
 optimizer's state), on top of the weights' bytes; the resident set of the process stands beside it. Methods times
 activations kept or recomputed times vocabularies times token budgets, on models of at least 64 MB of weights, one
-microbatch of rows of one length a step. Nothing is timed. Writes plan.json and plan.md.
+microbatch of rows of one length a step; with `--methods all` every method of the folder besides, and recomputed parts
+of blocks. Nothing is timed. Writes plan.json and plan.md.
 """
 
 from __future__ import annotations
@@ -170,10 +171,13 @@ def page(result: dict[str, Any]) -> str:
          max(cell["terms"], key=cell["terms"].get)]
         for cell in result["cells"]
     ]  # fmt: skip
-    worst = max(abs(error(cell)) for cell in result["cells"])
+    worst = max(result["cells"], key=lambda cell: abs(error(cell)))
     told = [
         machine(result), *(f"{model_words(shape)}." for shape in result["shapes"].values()),
-        f"The prediction farthest from its measurement is off by {worst:.1%}.",
+        f"The prediction farthest from its measurement is off by {error(worst):+.1%}: {worst['method']}, "
+        f"{worst['tokens']:,} tokens.",
+        "full, lora, dora and packed bases follow formulas; what the layers of the other methods keep is rehearsed: "
+        "their own code on twins of two and three layers, with shapes and no arithmetic.",
         "Measured: bytes that torch's operations hold at most in two whole steps, and the weights. Buffers that a "
         "kernel takes and gives back within one operation are in neither. Resident: the process after the second step, "
         "with interpreter, libraries and what earlier cells of the same process left.",
