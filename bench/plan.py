@@ -25,8 +25,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"name": "dora", "r": work.R, "lora_alpha": work.ALPHA},
     "qlora": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
     "lora on int8": {"name": "lora", "r": work.R, "lora_alpha": work.ALPHA},
+    "full adamw_8bit": {"name": "full"},
 }  # fmt: skip
 PARTLY: tuple[Any, ...] = (2, 3, "attention", "mlp")  # what else engine.checkpoint_activations takes
+OPTIMIZER = {"full adamw_8bit": "adamw_8bit"}
 STORED = {"qlora": "nf4", "lora on int8": "int8"}
 # Of the others, whose settings are their own: what a bare name cannot do on this base.
 ALSO: dict[str, dict[str, Any]] = {"bitfit": {"add_bias": True}}
@@ -93,7 +95,8 @@ def _assembled(cell: tuple[str, str, Any, int], threads: int, place: Path) -> An
         model={"path": str(place / model), "quantization": STORED.get(method, "none")},
         data={"train": str(file), "max_tokens": tokens},
         method=METHODS.get(method, {"name": method, **ALSO.get(method, {})}),
-        train={"rows_per_step": rows, "max_steps": 2, "microbatch_tokens": 2 * tokens, "learning_rate": 1e-4},
+        train={"rows_per_step": rows, "max_steps": 2, "microbatch_tokens": 2 * tokens, "learning_rate": 1e-4,
+               "optimizer": OPTIMIZER.get(method, "adamw")},
         engine={"threads": threads, "device": "cpu", "checkpoint_activations": recompute},
         output_dir=str(place / "run"),
     )  # fmt: skip
