@@ -25,7 +25,7 @@ from luthier.contracts.method import Method
 from luthier.planner import activations, head
 from luthier.planner.activations import Again, Numbers
 from luthier.planner.load import Load, load_of
-from luthier.planner.rehearsal import batch_of, rehearse, unwritten
+from luthier.planner.rehearsal import Hollow, batch_of, rehearse, unwritten
 from luthier.planner.shape import blank_model, read_shape
 from luthier.planner.trained import Extra, Line, Tensor, Trained, attach
 
@@ -48,9 +48,15 @@ def counted(method: Method, config: Any, reads: str = "logprobs") -> Trained:
     except (RecipeError, NotImplementedError, RuntimeError):
         layers = _text(config).num_hidden_layers
         if layers <= _FEW:
-            return attach(method, _twin(config, layers, reads))
-    small, large = (attach(method, _twin(config, count, reads)) for count in (_FEW, _FEW + 1))
+            return _attached(method, _twin(config, layers, reads))
+    small, large = (_attached(method, _twin(config, count, reads)) for count in (_FEW, _FEW + 1))
     return _grown(small, large, layers - _FEW)
+
+
+def _attached(method: Method, model: nn.Module) -> Trained:
+    """Its places are found by passes without arithmetic."""
+    with Hollow():
+        return attach(method, model)
 
 
 def _beyond(method: Method, config: Any, load: Load) -> Extra | None:
