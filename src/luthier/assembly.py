@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier import fitting
 from luthier.building import as_source, telling
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
@@ -35,6 +36,7 @@ from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
+from luthier.engine.checkpoint import found
 from luthier.engine.offload import check_offload
 from luthier.engine.optimizer import optimizer_notes
 from luthier.engine.precision import Precision, precision_of, resolve_device, settle
@@ -66,6 +68,7 @@ class Assembled:
     """Every room's part of a run, before the engine gets it."""
 
     recipe: Recipe
+    settled: Recipe  # with what it leaves open chosen to fit (fitting.py)
     method: Method
     objective: Objective
     device: torch.device
@@ -110,6 +113,10 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)
     notes += encoder.notes()
+    steps = yield from _stream(recipe, device, prepared, encoder, method.virtual_tokens)
+    held_out = prepared.evaluation
+    evaluation = Stream(held_out, stream_spec(recipe, device, held_out, method.virtual_tokens)) if held_out else None
+    chosen, steps, evaluation = fitting.settle(recipe, device, steps, evaluation, notes)
     loaded, trunk = _open(recipe, method, precision, device, objective.reads)
     if loaded.new_head:
         notes.append("the score head is new: it starts at random, from train.seed")
@@ -121,14 +128,10 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
         attach_rows(loaded.model, sorted(loaded.added.values()))
     loaded.model.to(device)
     settle(loaded.model, precision)
-    reserved = method.virtual_tokens
-    steps = yield from _stream(recipe, device, prepared, encoder, reserved)
     notes += _advice(recipe, prepared, trunk, steps)
     notes += objective.advice(prepared.train, [prepared.train[row] for row in steps.rows(0)])
-    held_out = prepared.evaluation
-    evaluation = Stream(held_out, stream_spec(recipe, device, held_out, reserved)) if held_out else None
     work = Assembled(
-        recipe, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
+        recipe, chosen, method, objective, device, precision, loaded, encoder, prepared, trunk, steps, notes, evaluation
     )  # fmt: skip
     if method.looks_at_rows:
         method.look(loaded.model, _passes(work.scorer, steps))
@@ -369,7 +372,8 @@ def engine_run(work: Assembled, directory: Path, resume: str | None) -> Run:
         identity["template.date"] = template.now.isoformat()
     return Run(
         directory=directory, method=work.method, objective=work.objective, trunk=work.trunk, stream=work.stream,
-        device=work.device, precision=work.precision, train=recipe.train, engine=recipe.engine,
+        device=work.device, precision=work.precision, train=recipe.train,
+        engine=work.settled.engine if resume is None or not found(directory) else recipe.engine,
         evaluate=recipe.evaluate, evaluation=work.evaluation, identity=identity, reference=work.reference,
         benign=fingerprint.benign(recipe, named_checkpoint=named), resume=resume, notes=work.notes,
         regularizers=work.regularizers, measured=work.measured,

@@ -15,6 +15,7 @@ from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
 from luthier.engine.optimizer import check_together
 from luthier.models.directory import find_directory, read_json, scan
+from luthier.models.quantise import check_device
 from luthier.models.weights.grouped import BITS
 from luthier.planner import twin
 from luthier.planner.formats import Stored
@@ -37,6 +38,7 @@ class Planned:
     setting: Setting
     course: Course
     notes: tuple[str, ...]
+    words: dict[str, Any] | None = None  # a configuration that stands in place of the model directory's
 
     @property
     def memory(self) -> Memory:
@@ -54,10 +56,11 @@ def plan_of(
     check_together(type(method), recipe.train.optimizer)
     if tokenize is not None:
         method = method.with_texts(tokenize)
+    check_device(recipe.model.quantization, device)
     objective: Objective = resolve.build("objectives", recipe.objective)
     config = config_of(config_words(recipe) if words is None else words)
     shape = read_shape(blank_model(config, objective.reads))
-    trained = twin.trained_by(method, config, objective.reads)
+    trained = twin.trained_by(method, config, objective.reads, course.loads[-1])
     stored = stored_of(recipe, config_words(recipe) if words is None else words)
     if trained.base_trained and stored.name != "none":
         raise RecipeError(
@@ -65,7 +68,7 @@ def plan_of(
             where="model.quantization", value=stored.name, remedy="give a dense model and none, or use method: lora",
         )  # fmt: skip
     setting = setting_of(recipe, objective, trained, device, stored)
-    return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)))
+    return Planned(recipe, shape, trained, setting, course, tuple(_notes(shape, trained, setting, course)), words)
 
 
 def config_words(recipe: Recipe) -> dict[str, Any]:
@@ -99,14 +102,19 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
         device=device, stored=replace(stored, dense=compute), compute=compute,
         trained=2 if precision == "bf16" and narrow else 4,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
+        recompute_part=_part(recipe.engine.checkpoint_activations),
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
     )  # fmt: skip
 
 
 def _recompute(said: Any) -> int:
-    """auto begins without and recomputes only when memory runs out; parts of blocks count as kept whole."""
+    """auto begins without and recomputes only when memory runs out."""
     return int(said) if isinstance(said, int) else 0
+
+
+def _part(said: Any) -> str:
+    return said if said in ("attention", "mlp") else ""
 
 
 def _precision(recipe: Recipe, device: str) -> str:
@@ -126,11 +134,15 @@ def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course
     notes = []
     if not shape.form.known:
         notes.append(f"{shape.family}: activations are estimated by a form that was measured on other families")
-    if not trained.measured:
+    if trained.extra is not None:
+        notes.append(
+            "what this method keeps in a layer was rehearsed: its own code on two and three layers, no numbers"
+        )
+    elif not trained.measured:
         notes.append("the activations of this method are taken as LoRA's: not measured")
     if setting.device != "cpu":
         notes.append("GPU memory is predicted by the formulas that were measured on a CPU: not measured on a GPU")
-    if setting.stored.name != "none":
+    if setting.stored.name != "none" and setting.device != "cpu":
         notes.append(f"{setting.stored.name}: one dequantised matrix at a time is counted as workspace")
     if not course.from_rows:
         notes.append("rows were not read: full microbatches of rows of one length are assumed")

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.assembly import MICROBATCH_TOKENS, Assembled, encoder_of, prepared_rows, stream_spec
-from luthier.contracts.errors import LuthierError, OutOfMemory, UsageError
+from luthier.contracts.errors import LuthierError, OutOfMemory, ResourceError, UsageError
 from luthier.contracts.method import Method
 from luthier.data.stream import Stream
 from luthier.engine.precision import resolve_device
+from luthier.fitting import CourseAt, course_at, may_say, settled, singles_of, state_of
 from luthier.models.load import load_text
-from luthier.planned import Planned, config_words, on, plan_of, trained_by
+from luthier.planned import Planned, config_words, on, plan_of
 from luthier.planner import calibration, fit, layout
 from luthier.planner.load import Course, assumed, course_of
-from luthier.planner.memory import Memory, base_bytes
+from luthier.planner.memory import Memory, base_bytes, with_tokens
 from luthier.planner.page import amount
 from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
 from luthier.recipe import resolve
@@ -51,8 +54,13 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
     """The plan as plain data; planner/page.py makes a page of it."""
     device = _device(recipe, asked)
     words = config_words(recipe) if asked.words is None else asked.words
-    course, tokenize = _course(recipe, asked, device)
-    planned = plan_of(recipe, course, device.kind, words, tokenize)
+    rows = _rows(recipe, asked, device)
+    planned = plan_of(recipe, rows.course, device.kind, words, rows.tokenize)
+    given = fit.read_bytes(recipe.engine.memory, "engine.memory") if recipe.engine.memory != "auto" else None
+    if given is not None:
+        with suppress(ResourceError):  # what to change then is told below
+            planned = settled(replace(planned, words=words), given, rows.longest, rows.at)
+    course = planned.course
     found = calibration.read(device.kind) if asked.calibrated else None
     told = {
         "model": _model(planned), "method": recipe.method["name"], "objective": recipe.objective["name"],
@@ -60,7 +68,7 @@ def plan(recipe: Recipe, asked: Asked = Asked()) -> dict[str, Any]:
         "memory": _memory(planned.memory, device.kind, found),
         "time": _time(planned, device, asked.devices), "notes": [*planned.notes, *_said(found)],
     }  # fmt: skip
-    room = fit.read_bytes(asked.fit) if asked.fit else device.memory
+    room = fit.read_bytes(asked.fit, "--fit") if asked.fit else given or device.memory
     if asked.gpus > 1:
         told["layout"] = _layout(planned, asked.gpus)
     if room is not None:
@@ -82,9 +90,9 @@ def compare(run: Path) -> dict[str, Any]:
 def predicted(work: Assembled) -> dict[str, Any]:
     """Of an assembled run, before its first step; a plan that cannot be made says why and stops nothing."""
     try:
-        train = work.recipe.train
+        train = work.settled.train
         steps = train.max_steps or work.stream.total_steps(train.epochs)
-        found = plan_of(work.recipe, course_of(work.stream, steps, work.evaluation), work.device.type, None,
+        found = plan_of(work.settled, course_of(work.stream, steps, work.evaluation), work.device.type, None,
                         lambda said: work.loaded.tokenizer(said)["input_ids"])  # fmt: skip
     except Exception as error:  # noqa: BLE001 a prediction must never stop a run
         why = error.line() if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
@@ -123,22 +131,33 @@ def _device(recipe: Recipe, asked: Asked) -> Device:
     return Device(found.name, found.kind, asked.flops, found.bandwidth, found.memory, measured=False)
 
 
-def _course(recipe: Recipe, asked: Asked, device: Device) -> tuple[Course, Callable[[str], list[int]] | None]:
+@dataclass(frozen=True)
+class Rows:
+    """What runs through the model, as read or as assumed; `at`: the same in other microbatches."""
+
+    course: Course
+    at: CourseAt
+    longest: int  # tokens of the longest row
+    tokenize: Callable[[str], list[int]] | None = None
+
+
+def _rows(recipe: Recipe, asked: Asked, device: Device) -> Rows:
     """From the rows; or from what the recipe says about their lengths."""
     train, method = recipe.train, resolve.build("methods", recipe.method)
     if not asked.rows or asked.words is not None:
         row, said = recipe.data.max_tokens, train.microbatch_tokens
         microbatch = max(MICROBATCH_TOKENS.get(device.kind, 4096), row) if said == "auto" else int(said)
         tokens = train.tokens_per_step or (train.rows_per_step or 1) * row
-        return assumed(tokens, min(microbatch, max(tokens, row)), row, 1.0, train.max_steps or 0), None
+        course = assumed(tokens, min(microbatch, max(tokens, row)), row, 1.0, train.max_steps or 0)
+        return Rows(course, partial(with_tokens, course), row)
     text = load_text(recipe.model)
     prepared = prepared_rows(recipe, encoder_of(recipe, text, []))
     place, reserved = torch.device(device.kind), _reserved(method, text.tokenizer)
     stream = Stream(prepared.train, stream_spec(recipe, place, prepared.train, reserved))
     held_out = prepared.evaluation
     evaluation = Stream(held_out, stream_spec(recipe, place, held_out, reserved)) if held_out else None
-    steps = train.max_steps or stream.total_steps(train.epochs)
-    return course_of(stream, steps, evaluation), lambda said: text.tokenizer(said)["input_ids"]
+    at, longest = course_at(recipe, stream, evaluation)
+    return Rows(at(stream.spec.microbatch_tokens), at, longest, lambda said: text.tokenizer(said)["input_ids"])
 
 
 def _reserved(method: Method, tokenizer: Any) -> int:
@@ -223,17 +242,13 @@ def _fit(planned: Planned, room: int, words: dict[str, Any], found: calibration.
     if over <= 0:
         return {"room_bytes": room, "fits": True}
     longest = min(recipe.data.max_tokens, max(load.tokens for load in planned.course.loads))
-    state = fit.State(planned.shape, planned.trained, planned.setting, planned.course, longest,
-                      _others(planned, words))  # fmt: skip
-    taken = fit.together(state, room - shift, lambda override: _may(recipe, override))
+    state = state_of(planned, longest, words)
+    taken = fit.together(state, room - shift, may_say(recipe))
     needs = (taken[-1].needs if taken else memory.needs) + shift
-    singles = fit.best(state, lambda override: _may(recipe, override)) or fit.best(
-        state, lambda override: _may(recipe, override), last=True
-    )
     return {
         "room_bytes": room, "fits": False, "over_bytes": over, "fits_with": bool(taken) and needs <= room,
         "best": [{"override": one.override, "words": one.words, "saves_bytes": one.saves,
-                  "needs_bytes": one.needs + shift} for one in singles[: fit.BEST]],
+                  "needs_bytes": one.needs + shift} for one in singles_of(state, recipe)],
         "together": list(dict.fromkeys(one.override for one in _last_of_each(taken))), "together_needs_bytes": needs,
     }  # fmt: skip
 
@@ -243,34 +258,6 @@ def _last_of_each(taken: list[fit.Proposal]) -> list[fit.Proposal]:
     return list({one.override.partition("=")[0]: one for one in taken}.values())
 
 
-def _others(planned: Planned, words: dict[str, Any]) -> dict[str, Any]:
-    """What other methods and ranks would train."""
-    recipe = planned.recipe
-    if planned.trained.base_trained:
-        return {"method.name=lora": trained_by({"name": "lora"}, recipe, words)}
-    rank = recipe.method.get("r", 16)
-    if not planned.trained.ranks or not isinstance(rank, int):
-        return {}
-    smaller = sorted({max(4, rank // 2), max(4, rank // 4)} - {rank})
-    return {f"method.r={r}": trained_by({**recipe.method, "r": r}, recipe, words) for r in smaller if r < rank}
-
-
-def _may(recipe: Recipe, override: str) -> bool:
-    """Whether a recipe of this version can say it."""
-    path, _, word = override.partition("=")
-    section, _, name = path.partition(".")
-    data = recipe.resolved()
-    value = {"true": True, "false": False}.get(word, int(word) if word.isdigit() else word)
-    data[section] = {"name": value} if path == "method.name" else {**data[section], name: value}
-    if name == "optimizer_in_backward":
-        data[section]["max_grad_norm"] = 0.0
-    try:
-        Recipe(**data)
-    except LuthierError:
-        return False
-    return True
-
-
 def advise(error: OutOfMemory, recipe: Recipe) -> None:
     """Add the changes that save most by the plan of the row that did not fit; nothing where no plan can be made."""
     row = error.tokens or recipe.data.max_tokens
@@ -278,9 +265,7 @@ def advise(error: OutOfMemory, recipe: Recipe) -> None:
         planned = plan_of(recipe, assumed(row, row, row, 1.0, 0), resolve_device(recipe.engine.device).type)
         if error.recompute:
             planned = replace(planned, setting=replace(planned.setting, recompute_every=1))
-        state = fit.State(planned.shape, planned.trained, planned.setting, planned.course, row,
-                          _others(planned, config_words(recipe)))  # fmt: skip
-        found = fit.best(state, lambda override: _may(recipe, override), last=True)
+        found = fit.best(state_of(planned, row, config_words(recipe)), may_say(recipe), last=True)
     except Exception:  # noqa: BLE001 advice must not stand in front of what went wrong
         return
     if found:

@@ -11,7 +11,7 @@ import luthier.methods
 from luthier.contracts.errors import ModelError, RecipeError
 from luthier.planner.shape import blank_model, config_of, read_shape
 from luthier.planner.trained import attach
-from luthier.planner.twin import trained_by
+from luthier.planner.twin import counted
 from luthier.recipe import resolve
 from planner.rig import LLAMA_7B, LLAMA_8B, LLAMA_13B, LLAMA_70B, QWEN_HALF_B, SMALL, planned
 from tiny import tiny
@@ -55,7 +55,7 @@ def test_a_blank_model_counts_what_a_real_one_has(name: str) -> None:
     """The method's own code on real weights is the oracle."""
     real = tiny("qwen2", num_hidden_layers=4)
     method = resolve.build("methods", {"name": name})
-    found = trained_by(method, config_of(real.config.to_dict()))
+    found = counted(method, config_of(real.config.to_dict()))
     method.attach(real)
     expected = method.footprint(real)
     assert (found.elements, found.frozen) == (expected.trainable, expected.frozen)
@@ -85,5 +85,11 @@ def test_other_forms_are_planned_and_say_so(family: str) -> None:
 def test_wrong_wishes_are_one_line() -> None:
     with pytest.raises(ModelError, match="not a model that transformers knows"):
         config_of({"model_type": "none-such"})
+    for odd in ({}, {"model_type": "llama", "hidden_size": "many"}, [1]):
+        with pytest.raises(ModelError, match=r"not a model|cannot read it|object of fields") as caught:
+            config_of(odd)  # type: ignore[arg-type]
+        assert "\n" not in caught.value.line()
+    with pytest.raises(ModelError, match="GPU's number format"):
+        planned(SMALL, model={"path": "unused", "quantization": "fp8"})
     with pytest.raises(RecipeError, match="trains the base's own weights"):
         planned(SMALL, "full", model={"path": "unused", "quantization": "nf4"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 from bench.needed import Segment, Work, needed_gflop
@@ -34,6 +36,9 @@ def test_recomputing_costs_a_third_and_tokens_pay_for_themselves() -> None:
     again = replace(plain, setting=replace(plain.setting, recompute_every=1))
     flops = [sum(operations(one.shape, one.trained, one.setting, course).values()) for one in (plain, again)]
     assert 1.25 < flops[1] / flops[0] < 1.55
+    parts = [replace(plain, setting=replace(plain.setting, recompute_part=part)) for part in ("attention", "mlp")]
+    found = [sum(operations(one.shape, one.trained, one.setting, course).values()) - flops[0] for one in parts]
+    assert sum(found) == pytest.approx(flops[1] - flops[0]) and found[1] > found[0] > 0
     double = planned(LLAMA_8B, course=assumed(8192, 8192, 512, 0.6))
     assert sum(operations(double.shape, double.trained, double.setting, double.course).values()) == pytest.approx(
         2 * flops[0]
@@ -53,6 +58,12 @@ def test_devices() -> None:
     known = known_devices()
     assert all(one.memory and one.flops > 1e13 and one.bandwidth > 1e11 and not one.measured for one in known.values())
     assert device_named("h100-80gb") == known["h100-80gb"]
+    table = json.loads(files("luthier.planner").joinpath("devices.json").read_text())["devices"]
+    assert all(one["source"].endswith(("sheet", "whitepaper")) or "," in one["source"] or ":" in one["source"]
+               for one in table.values())  # fmt: skip
+    assert {"h100-80gb": 989, "a100-80gb": 312, "rtx-4090": 165, "l40s": 362}.items() <= {
+        name: one["tflops"] for name, one in table.items()
+    }.items(), "dense, not sparse"
     here = this_cpu()
     assert here.measured and here.kind == "cpu" and here.flops > 1e8
     with pytest.raises(UsageError, match="no such device"):

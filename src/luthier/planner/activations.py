@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from luthier.planner.load import Load
 from luthier.planner.shape import Form
-from luthier.planner.trained import Trained
+from luthier.planner.trained import Extra, Keeps, Trained
 
 NORM, FLOAT = 1, 4
 
@@ -50,11 +50,14 @@ class Kept:
     stream: int  # all rows of the residual stream: a layer's input
     flight: int
     flight_last: int
+    part: int = 0  # of an ordinary layer's and of the last one's what is back while its MLP is computed again
+    part_last: int = 0
 
 
-def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
-    """Of this microbatch; with every row in the last layer where few are left out."""
-    whole = _layer(form, trained, numbers)
+def kept(form: Form, trained: Trained, load: Load, numbers: Numbers, part: str = "") -> Kept:
+    """Of this microbatch; with every row in the last layer where few are left out. `part`: computed again in each."""
+    of_layers = [_layer(form, keeps, trained, numbers) for keeps in trained.layers[trained.first :]] or [0]
+    ordinary, whole = sum(of_layers) // len(of_layers), of_layers[-1]
     turned = 2 * form.head_width * numbers.stream
     residual = load.tokens * form.width * numbers.stream
     if load.restricted:
@@ -63,19 +66,26 @@ def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
         shared = (load.tokens + load.kept) * turned
     else:
         last, shared = load.tokens * whole, load.tokens * turned
-    flight = _flight(form, trained, numbers)
-    scores = _scores(form, load)
+    flight, scores, extra = _flight(form, trained, numbers), _scores(form, load), trained.extra or Extra()
+    more, more_last, more_flight = (
+        line.at(load.tokens, numbers.compute) for line in (extra.layer, extra.last, extra.flight)
+    )
+    spared = [_spared(form, keeps, part, numbers) for keeps in trained.layers[trained.first :]] or [0]
+    spared_layer = load.tokens * (sum(spared) // len(spared))
+    rows = spared[-1] - (2 * form.keys * numbers.compute if load.restricted and part == "attention" else 0)
+    spared_last = load.kept * max(0, rows)
     return Kept(
-        layer=load.tokens * whole + scores, last=last + scores,
+        layer=max(0, load.tokens * ordinary + scores + more - spared_layer),
+        last=max(0, last + scores + more_last - spared_last),
         first_input=0 if trained.embedding_trains else residual, shared=shared, stream=residual,
-        flight=load.tokens * flight, flight_last=load.kept * flight,
+        flight=max(0, load.tokens * flight + more_flight), flight_last=max(0, load.kept * flight + more_flight),
     )  # fmt: skip
 
 
-def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
+def _layer(form: Form, keeps: Keeps, trained: Trained, numbers: Numbers) -> int:
     """Bytes for each token of a whole layer."""
-    saves, compute = trained.saves, numbers.compute
-    elements = form.queries + 2 * form.keys + form.queries + trained.ranks + trained.outputs
+    saves, compute = keeps.saves, numbers.compute
+    elements = form.queries + 2 * form.keys + form.queries + keeps.ranks + keeps.outputs
     elements += form.width * (("attention_in" in saves) + ("mlp_in" in saves))
     if "attention_out" in saves and not numbers.kernels:
         elements += form.queries
@@ -87,11 +97,30 @@ def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
     return elements * compute + 2 * form.width * numbers.stream + normed + masks + FLOAT * (2 * NORM + form.heads)
 
 
+def _spared(form: Form, keeps: Keeps, part: str, numbers: Numbers) -> int:
+    """Bytes for each token that a part of a layer does not keep, less its input where nobody else keeps that.
+
+    Of ranks and unscaled outputs, four sevenths are the attention's.
+    """
+    saves, ranks, beside = keeps.saves, keeps.ranks, form.queries + 2 * form.keys + form.width
+    if part == "attention":
+        elements = 2 * (form.queries + form.keys) + (form.queries if "attention_out" in saves else 0)
+        elements += (form.queries + form.keys if form.head_norms else 0) + 4 * ranks // 7
+        elements += min(keeps.outputs, beside) - (0 if "attention_in" in saves else form.width)
+        return elements * numbers.compute + FLOAT * form.heads
+    if part == "mlp":
+        elements = (2 if form.gated else form.mlp_kept) * form.ffn + form.ffn * ("mlp_out" in saves) + 3 * ranks // 7
+        elements += max(0, keeps.outputs - beside) - (0 if "mlp_in" in saves else form.width)
+        return elements * numbers.compute
+    return 0
+
+
 def _taken(form: Form, trained: Trained, numbers: Numbers) -> int:
     """Bytes for each token of the last layer's pass over all rows, which ends at its keys and values."""
-    elements = 2 * form.keys + form.width * ("attention_in" in trained.saves) + min(trained.ranks, _of_keys(trained))
+    keeps = trained.layers[-1] if trained.layers else Keeps()
+    elements = 2 * form.keys + form.width * ("attention_in" in keeps.saves) + min(keeps.ranks, _of_keys(keeps))
     normed = form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
-    outputs = 2 * form.keys + form.queries if trained.outputs else 0
+    outputs = 2 * form.keys + form.queries if keeps.outputs else 0
     return (elements + outputs) * numbers.compute + form.width * numbers.stream + normed + FLOAT * NORM
 
 
@@ -100,9 +129,9 @@ def _scores(form: Form, load: Load) -> int:
     return round(2 * load.pairs * form.heads * 3 * FLOAT) if form.attention_dropout else 0
 
 
-def _of_keys(trained: Trained) -> int:
+def _of_keys(keeps: Keeps) -> int:
     """Ranks of queries, keys and values: three sevenths of a layer whose linears all carry one."""
-    return -(-3 * trained.ranks // 7)
+    return -(-3 * keeps.ranks // 7)
 
 
 def _flight(form: Form, trained: Trained, numbers: Numbers) -> int:
@@ -111,34 +140,42 @@ def _flight(form: Form, trained: Trained, numbers: Numbers) -> int:
     return at_swiglu * numbers.compute + form.width * numbers.stream
 
 
-def held_by_forward(found: Kept, form: Form, recomputed: int) -> int:
-    """At the end of the forward pass. `recomputed`: layers, from the first on, that keep only their input."""
-    layers = max(1, form.layers)
-    if not recomputed:
-        return found.shared + (layers - 1) * found.layer + found.last - (found.first_input if layers > 1 else 0)
-    whole = max(0, layers - recomputed)
-    last = found.last if whole else 0
-    ordinary = max(0, whole - 1)
-    return found.shared + recomputed * found.stream + ordinary * found.layer + last
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Which of the layers are computed a second time: 0, every, 2 every, ...; `every` 0: none."""
+
+    layers: int
+    every: int = 0
+
+    def at(self, layer: int) -> bool:
+        return self.every > 0 and layer % self.every == 0
+
+    @property
+    def count(self) -> int:
+        """Of those below the last."""
+        return -(-(self.layers - 1) // self.every) if self.every else 0
 
 
-def held_in_backward(found: Kept, form: Form, recomputed: int) -> int:
+def held_by_forward(found: Kept, again: Again) -> int:
+    """At the end of the forward pass."""
+    last = found.stream if again.at(again.layers - 1) else found.last
+    first = 0 if again.every or again.layers == 1 else found.first_input
+    return found.shared + again.count * found.stream + (again.layers - 1 - again.count) * found.layer + last - first
+
+
+def held_in_backward(found: Kept, again: Again) -> int:
     """In the backward of the layer before the last, what is kept and in flight together."""
-    layers = max(1, form.layers)
-    if layers == 1:
-        return held_by_forward(found, form, recomputed) + found.flight_last
-    if not recomputed:
-        return held_by_forward(found, form, 0) - found.last + found.flight
-    ordinary = max(0, layers - recomputed - 1)
-    inputs = min(recomputed, layers - 1) * found.stream
-    again = found.layer - found.stream if not ordinary else 0
-    return found.shared + inputs + ordinary * found.layer + again + found.flight
+    if again.layers == 1:
+        return held_in_last(found, again)
+    last = found.stream if again.at(again.layers - 1) else found.last
+    once_more = found.layer - found.stream if again.at(again.layers - 2) else 0
+    return held_by_forward(found, again) - last + once_more + found.part + found.flight
 
 
-def held_in_last(found: Kept, form: Form, recomputed: int) -> int:
+def held_in_last(found: Kept, again: Again) -> int:
     """In the backward of the last layer."""
-    again = found.last if recomputed >= max(1, form.layers) else 0
-    return held_by_forward(found, form, recomputed) + again + found.flight_last
+    once_more = found.last if again.at(again.layers - 1) else 0
+    return held_by_forward(found, again) + once_more + found.part_last + found.flight_last
 
 
 def evaluation(form: Form, tokens: int, numbers: Numbers) -> int:

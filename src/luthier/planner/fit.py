@@ -53,11 +53,11 @@ class Proposal:
 Change = Callable[[State], tuple[str, str, State] | None]
 
 
-def read_bytes(said: str) -> int:
+def read_bytes(said: str, where: str | None = None) -> int:
     """24GB, 24 GiB, 25769803776; GB are 1e9 bytes."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", said)
     if not found or found[2].lower() not in _UNITS or not float(found[1]):
-        raise UsageError("not an amount of memory", value=said, remedy="write 24GB or 24GiB")
+        raise UsageError("not an amount of memory", where=where, value=said, remedy="write 24GB or 24GiB")
     return round(float(found[1]) * _UNITS[found[2].lower()])
 
 

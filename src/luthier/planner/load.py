@@ -25,11 +25,13 @@ class Load:
     scored: int
     pairs: float
     masks: int
+    whole: bool = False  # the last layer computes every row, whatever is scored
 
     @property
     def kept(self) -> int:
         """Rows that the last layer computes."""
-        return self.scored if 0 < self.scored <= WORTH * self.tokens else self.tokens
+        few = not self.whole and 0 < self.scored <= WORTH * self.tokens
+        return self.scored if few else self.tokens
 
     @property
     def restricted(self) -> bool:

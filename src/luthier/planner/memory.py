@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from luthier.planner import activations, head
-from luthier.planner.activations import FLOAT, Numbers
+from luthier.planner.activations import FLOAT, Again, Numbers
 from luthier.planner.formats import Stored, state_bytes, workspace_bytes
 from luthier.planner.load import Course, Load
 from luthier.planner.shape import ModelShape
@@ -40,7 +40,8 @@ class Setting:
     compute: int = 4  # bytes of a number in matrix products
     trained: int = 4  # bytes of a number that trains; its gradient has 4 in any case
     optimizer: str = "adamw"
-    recompute_every: int = 0  # 0 keeps all activations, 1 recomputes every layer, n every n-th
+    recompute_every: int = 0  # 0 keeps all activations, 1 recomputes every layer, n layers 0, n, 2 n, ...
+    recompute_part: str = ""  # attention or mlp: of every layer
     in_backward: bool = False
     head: str = "jacobian"
 
@@ -88,22 +89,24 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
     form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
-    kept, again = activations.kept(form, trained, load, numbers), setting.recomputed(form.layers)
-    always, gradients = _always(shape, trained, setting), trained.elements * FLOAT
+    load = replace(load, whole=trained.every_row)
+    kept = activations.kept(form, trained, load, numbers, setting.recompute_part)
+    again = Again(max(1, form.layers), setting.recompute_every)
+    always, gradients = _always(shape, trained, setting), trained.active * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     room = _in_room(trained, setting, gradients)
     standing = head.standing(form, setting.head, in_room=bool(room))
     lent = _second(trained) * FLOAT if room and course.microbatches == 1 else 0
     stepping = workspace_bytes(setting.optimizer, trained.largest, setting.device)
-    forward = activations.held_by_forward(kept, form, again)
+    forward = activations.held_by_forward(kept, again)
     moments = {
         "head": always | {"gradients": before + standing, "activations": forward,
                           "logits": head.head_bytes(form, load, setting.head, numbers, setting.device, lent)},
         "last": always | {"gradients": before + standing,
-                          "activations": activations.held_in_last(kept, form, again) - kept.flight_last,
+                          "activations": activations.held_in_last(kept, again) - kept.flight_last,
                           "in flight": kept.flight_last},
         "backward": always | {"gradients": during + standing,
-                              "activations": activations.held_in_backward(kept, form, again) - kept.flight,
+                              "activations": activations.held_in_backward(kept, again) - kept.flight,
                               "in flight": kept.flight},
         "update": _kept_only(always) | {"gradients": whole, "workspace": stepping},
     }  # fmt: skip
@@ -129,7 +132,8 @@ def _always(shape: ModelShape, trained: Trained, setting: Setting) -> dict[str, 
     casts = trained.base_trained * setting.compute if setting.compute < setting.trained else 0
     workspace = 0 if trained.base_trained else setting.stored.workspace(shape.largest_linear, setting.compute)
     return {
-        "weights": weights, "adapter": (trained.elements - trained.base_trained) * setting.trained,
+        "weights": weights,
+        "adapter": (trained.elements - trained.base_trained) * setting.trained + trained.buffers,
         "optimizer": state_bytes(setting.optimizer, trained.tensors), "casts": casts, "workspace": workspace,
     }  # fmt: skip
 

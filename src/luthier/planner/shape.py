@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from luthier.contracts.errors import ModelError
@@ -89,12 +89,17 @@ def blank_model(config: Any, reads: str = "logprobs") -> nn.Module:
 
 def config_of(words: Mapping[str, Any]) -> Any:
     """A transformers configuration from the words of a config.json."""
-    given = {key: value for key, value in words.items() if key != "model_type"}
+    if not isinstance(words, Mapping):
+        raise ModelError("a configuration is an object of fields", where="config.json", value=type(words).__name__)
+    kind, given = words.get("model_type"), {key: value for key, value in words.items() if key != "model_type"}
+    if kind not in CONFIG_MAPPING:
+        raise ModelError("not a model that transformers knows", where="config.json", value=kind or "no model_type",
+                         remedy="look at its model_type")  # fmt: skip
     try:
-        return AutoConfig.for_model(str(words.get("model_type")), **given)
-    except ValueError:
-        raise ModelError("not a model that transformers knows", where="config.json", value=words.get("model_type"),
-                         remedy="look at its model_type") from None  # fmt: skip
+        return AutoConfig.for_model(kind, **given)
+    except Exception as error:  # each family checks its fields in its own way
+        said = " ".join(str(error).split())[:200]
+        raise ModelError(f"transformers cannot read it: {said}", where="config.json", value=kind) from error
 
 
 def read_shape(model: nn.Module) -> ModelShape:

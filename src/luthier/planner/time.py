@@ -77,13 +77,22 @@ def operations(shape: ModelShape, trained: Trained, setting: Setting, course: Co
     attention = 4.0 * form.queries * course.pairs_per_step * form.layers
     passes = {"jacobian": 2, "linear": 3, "again": 4, "scores": 0}[setting.head]
     again = setting.recomputed(form.layers) / max(1, form.layers)
+    linears, scores = _part(shape, setting.recompute_part) if setting.recompute_part else (again, again)
     return {
         "linears": tokens * (4.0 * body + 2.0 * min(trained.base_trained, body)),
         "adapters": 6.0 * tokens * (trained.elements - trained.base_trained),
         "attention": 3 * attention,
         "head": 2.0 * passes * scored * form.width * form.vocabulary,
-        "recompute": again * (2.0 * tokens * body + attention),
+        "recompute": linears * 2.0 * tokens * body + scores * attention,
     }  # fmt: skip
+
+
+def _part(shape: ModelShape, part: str) -> tuple[float, float]:
+    """Shares of the linears and of attention's products that are computed again with a part of every layer."""
+    form = shape.form
+    mixing = 2 * form.width * (form.queries + form.keys)
+    share = mixing / (mixing + (3 if form.gated else 2) * form.width * form.ffn)
+    return (share, 1.0) if part == "attention" else (1 - share, 0.0)
 
 
 def time_of(shape: ModelShape, trained: Trained, setting: Setting, course: Course, device: Device) -> Time:

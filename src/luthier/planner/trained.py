@@ -1,13 +1,13 @@
 """What a method leaves behind in a model on the meta device: what trains, and what its sites keep for the backward.
 
-    trained    elements by tensor, so that an optimizer that treats small tensors or embeddings apart is counted right
-    saves      which inputs of a layer's linears somebody keeps: an adapted or trained linear keeps its input, a frozen
-               one does not
-    ranks      numbers that the adapters of one layer keep for each token besides (x A^T)
-    outputs    numbers of unscaled outputs kept for each token (DoRA's magnitudes)
+    tensors    elements by tensor, so that an optimizer that treats small tensors or embeddings apart is counted right
+    active     elements with a gradient at a time: fewer where layers take turns
+    layers     of each layer what is kept for each token: which inputs of its linears (one that is adapted or trains
+               keeps its input, a frozen one does not), x A^T of its adapters, outputs before they are scaled (DoRA)
+    buffers    bytes of what the method keeps besides: factors that do not train, averages, masks
+    extra      what a rehearsal saw a layer keep beyond that (planner/rehearsal.py)
 
-Methods that are neither whole weights nor low-rank pairs keep something else in the layer; they are planned as LoRA
-is, without ranks, and the plan says that this was not measured.
+`measured`: whole weights and low-rank pairs, whose formula was measured. Other methods keep something else in a layer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from luthier.contracts.method import Method, trains
+from luthier.models.last_layer import EVERY_ROW
 from luthier.models.projection import Projection
 from luthier.models.shapes import Shapes, output_head, shapes_of, table_parameters
 from luthier.models.sites import AdaptedLinear, named_sites, sites
@@ -44,20 +45,51 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Keeps:
+    """Of one layer, for each token."""
+
+    saves: frozenset[str] = frozenset()
+    ranks: int = 0
+    outputs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Bytes of float32: `fixed`, and `each` for every token."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+
+    def at(self, tokens: int, compute: int) -> int:
+        return round((self.fixed + self.each * tokens) * compute / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Beyond the formula: of an ordinary layer, of the last with what comes after it, of a layer's backward."""
+
+    layer: Line = Line()
+    last: Line = Line()
+    flight: Line = Line()
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """Everything the plan adds up that is a method's."""
 
     tensors: tuple[Tensor, ...]
     frozen: int  # elements of the base that stay
     base_trained: int  # elements of the base that train
-    saves: frozenset[str]
-    ranks: int
-    outputs: int
+    active: int
+    buffers: int
+    layers: tuple[Keeps, ...]
     norms_train: bool
     head_trains: bool
     embedding_trains: bool
+    every_row: bool  # the last layer computes all of them, whatever is scored
     first: int  # the lowest layer in which something trains: those below keep nothing
     measured: bool  # a method whose activations the predictions were measured on
+    extra: Extra | None = None
 
     @property
     def elements(self) -> int:
@@ -67,11 +99,24 @@ class Trained:
     def largest(self) -> int:
         return max((tensor.elements for tensor in self.tensors), default=0)
 
+    @property
+    def saves(self) -> frozenset[str]:
+        return frozenset().union(*(layer.saves for layer in self.layers))
+
+    @property
+    def ranks(self) -> int:
+        return max((layer.ranks for layer in self.layers), default=0)
+
+    @property
+    def outputs(self) -> int:
+        return max((layer.outputs for layer in self.layers), default=0)
+
 
 def attach(method: Method, model: nn.Module) -> Trained:
     """The method goes into the model; what it trains is read off there."""
     shapes, base = shapes_of(model), {id(p): p.numel() for p in model.parameters()}
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    before = {id(buffer) for buffer in model.buffers()}
     method.attach(model)
     trained = [p for p in model.parameters() if trains(p)]
     ids = {id(p) for p in trained}
@@ -86,17 +131,33 @@ def attach(method: Method, model: nn.Module) -> Trained:
         states, subspace = _states(p, projections.get(id(p)))
         tensors.append(Tensor(p.numel(), id(p) in tables, states, tuple(p.shape), subspace))
     of_base = sum(count for key, count in base.items() if key in ids)
-    ranks, outputs = _pairs(model, shapes)
     return Trained(
         tensors=tuple(tensors), frozen=sum(p.numel() for p in model.parameters() if id(p) not in ids),
         base_trained=of_base,
-        saves=_saves(model, shapes), ranks=ranks, outputs=outputs,
-        norms_train=any(p.ndim == 1 and id(p) in base for p in trained),
+        active=sum(p.numel() for p in trained if p.requires_grad),
+        buffers=sum(b.numel() * b.element_size() for b in model.buffers() if id(b) not in before),
+        layers=_layers(model, shapes), norms_train=any(p.ndim == 1 and id(p) in base for p in trained),
         head_trains=head is not None and any(trains(p) for p in head.parameters()),
         embedding_trains=embedding is not None and any(trains(p) for p in embedding.parameters()),
-        first=_first(model, shapes),
-        measured=bool(ranks) or (of_base == sum(base.values()) and not _scheduled(trained)),
+        every_row=bool(getattr(model, EVERY_ROW, False)), first=_first(model, shapes),
+        measured=_is_plain(model, of_base > 0),
     )  # fmt: skip
+
+
+def _is_plain(model: nn.Module, trains_base: bool) -> bool:
+    """Nothing but low-rank pairs beside linears, or nothing but whole matrices of the base."""
+    found = sites(model)
+    if not found or trains_base:
+        return not found and trains_base
+    return all(isinstance(site, AdaptedLinear) and _is_pair(site.delta) for site in found)
+
+
+def _is_pair(delta: Any) -> bool:
+    """A pair whose product is all that is added, or that product and scaled rows; nothing of its input is dropped."""
+    if getattr(delta, "dropout", 0.0):
+        return False
+    scaled = getattr(delta, "lora_magnitude_vector", None) is not None
+    return scaled or (hasattr(delta, "pair") and delta.pair() is not None)
 
 
 def _first(model: nn.Module, shapes: Shapes) -> int:
@@ -113,48 +174,44 @@ def _first(model: nn.Module, shapes: Shapes) -> int:
     return min(found, default=0)
 
 
-def _scheduled(trained: Sequence[Any]) -> bool:
-    """Whether something of it rests at times (LISA)."""
-    return any(not parameter.requires_grad for parameter in trained)
-
-
 def _states(parameter: Any, projection: Any) -> tuple[int, int]:
-    """(both averages and the subspace, the subspace)."""
     if not projection:
         return 2 * parameter.numel(), 0
     sizes = {name: rows * columns for name, (rows, columns) in Projection(**projection).slots(parameter.shape).items()}
     return sum(sizes.values()), sizes.get("left", 0) + sizes.get("right", 0)
 
 
-def _pairs(model: nn.Module, shapes: Shapes) -> tuple[int, int]:
-    """(ranks, outputs) of the layer that has most of them."""
-    by_layer: dict[str, list[int]] = {layer: [0, 0] for layer in shapes.layers}
-    for path, site in named_sites(model):
-        layer = next((layer for layer in shapes.layers if path.startswith(f"{layer}.")), None)
-        pair = getattr(site.delta, "lora_A", None) if isinstance(site, AdaptedLinear) else None
-        if layer is None or pair is None:
-            continue
-        by_layer[layer][0] += int(pair.shape[0])
-        if getattr(site.delta, "lora_magnitude_vector", None) is not None:
-            by_layer[layer][1] += int(site.delta.lora_B.shape[0])
-    ranks, outputs = zip(*(by_layer.values() or [(0, 0)]), strict=True)
-    return max(ranks), max(outputs)
+def _layers(model: nn.Module, shapes: Shapes) -> tuple[Keeps, ...]:
+    """Of every layer, in order."""
+    carrying = {path: site for path, site in named_sites(model) if isinstance(site, AdaptedLinear)}
+    found = []
+    for name in shapes.layers:
+        inside = f"{name}."
+        deltas: list[Any] = [site.delta for path, site in carrying.items() if path.startswith(inside)]
+        pairs = [delta for delta in deltas if getattr(delta, "lora_A", None) is not None]
+        scaled = [delta for delta in pairs if getattr(delta, "lora_magnitude_vector", None) is not None]
+        paths = [linear.path for linear in shapes.linears if linear.path.startswith(inside)]
+        found.append(
+            Keeps(
+                _saves(model, paths, set(carrying)), sum(int(delta.lora_A.shape[0]) for delta in pairs),
+                sum(int(delta.lora_B.shape[0]) for delta in scaled),
+            )
+        )  # fmt: skip
+    return tuple(found)
 
 
-def _saves(model: nn.Module, shapes: Shapes) -> frozenset[str]:
-    """Places whose input is kept, by the linears of the last layer that train or carry something."""
-    found, layer = set(), f"{shapes.layers[-1]}." if shapes.layers else ""
-    carrying = {path for path, site in named_sites(model) if isinstance(site, AdaptedLinear)}
-    for linear in shapes.linears:
-        if not linear.path.startswith(layer):
-            continue
-        name = linear.path.rpartition(".")[2]
-        site = linear.path in carrying
-        module = model.get_submodule(linear.path) if not site else None
-        if site or any(trains(p) for p in module.parameters(recurse=False)):  # type: ignore[union-attr]
-            inside = "mlp" in linear.path and name in ("c_proj", "dense")
-            found |= {"mlp_out"} if inside else {place for place, names in _PLACES.items() if name in names}
-            if name == "c_proj" and not inside:
-                found.add("attention_out")
-    unnamed = not found and (bool(sites(model)) or any(trains(p) for p in model.parameters()))
-    return frozenset(_PLACES) if unnamed and carrying else frozenset(found)
+def _saves(model: nn.Module, paths: Sequence[str], carrying: set[str]) -> frozenset[str]:
+    """Places whose input is kept, by those linears of one layer that train at the moment or carry something."""
+    found: set[str] = set()
+    kept = [path for path in paths if path in carrying or _moves(model.get_submodule(path))]
+    for path in kept:
+        name = path.rpartition(".")[2]
+        inside = "mlp" in path and name in ("c_proj", "dense")
+        found |= {"mlp_out"} if inside else {place for place, names in _PLACES.items() if name in names}
+        if name == "c_proj" and not inside:
+            found.add("attention_out")
+    return frozenset(_PLACES) if kept and not found else frozenset(found)
+
+
+def _moves(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

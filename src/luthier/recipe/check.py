@@ -167,7 +167,7 @@ def _inside(node: Schema, value: Any, steps: Steps, document: Document) -> Itera
     elif isinstance(value, list):
         yield from _items(node, value, steps, document)
     elif isinstance(value, str):
-        if len(value) < node.get("minLength", 0):
+        if len(value) < node.get("minLength", 0) or not re.search(node.get("pattern", ""), value):
             yield _wrong(node, value, steps, document)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         good = not isinstance(value, float) or math.isfinite(value)

@@ -17,7 +17,7 @@ from luthier.recipe.recipe import Recipe
 
 _BENIGN = (
     "evaluate", "report_to", "output_dir", "train.save_every", "train.keep",
-    "engine.strategy", "engine.device", "engine.threads", "engine.checkpoint_activations",
+    "engine.strategy", "engine.device", "engine.threads", "engine.checkpoint_activations", "engine.memory",
     "engine.offload_activations", "engine.offload_optimizer",
 )  # fmt: skip
 _COURSE = (

@@ -27,6 +27,8 @@ Bool = Annotated[bool, Strict()]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Beta = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+_AMOUNT = r"^ *[0-9]*[1-9][0-9]*([.][0-9]+)? *([kKmMgGtT][iI]?)?[bB]? *$"
+Amount = Annotated[str, Field(pattern=_AMOUNT, examples=["24GB"])]  # of memory
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -274,6 +276,12 @@ class EngineSection(Section):
     )
     offload_optimizer: Bool = _field(
         False, "Keep the optimizer's averages in the host's memory: 8 bytes less for each trained weight on the GPU."
+    )
+    memory: Literal["auto"] | Amount = _field(
+        "auto",
+        "What the run may take on its device, such as 24GB: microbatches, and if need be recomputed activations, are "
+        "chosen to fit; auto: what is free on a GPU, no limit on a CPU.",
+        unit="bytes",
     )
     threads: Literal["auto"] | Annotated[int, Strict(), Field(ge=1, le=4096)] = _field(
         "auto", "CPU threads; part of a checkpoint, because it changes the order of sums.", unit="threads"

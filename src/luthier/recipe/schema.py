@@ -105,6 +105,8 @@ def _noun(branch: Schema) -> str:
             noun = f"a list of {len(branch['prefixItems'])} values, each {expected(branch['prefixItems'][0])}"
         elif branch.get("items"):
             noun = f"a list, each item {expected(branch['items'])}"
+    elif branch.get("examples"):
+        noun = f"{noun} such as {branch['examples'][0]}"
     return " ".join([noun, " and ".join(limits)]).strip()
 
 
