@@ -270,8 +270,9 @@ def forest_attention(
         if ahead is not None:
             k, v = torch.cat([ahead[0], k], 2), torch.cat([ahead[1], v], 2)
         attend = _explicit if terms.explicit else _fused
-        out_segments.append(attend(queries[block.segment], k, v, block.mask, terms))
-    return torch.cat(out_segments, 2)[..., :width].transpose(1, 2).contiguous(), None
+        out_segments.append(attend(queries[block.segment], k, v, block.mask, terms).transpose(1, 2))
+    whole = out_segments[0] if len(out_segments) == 1 else torch.cat(out_segments, 1)
+    return whole[..., :width].contiguous(), None
 
 
 def dense_attention(
