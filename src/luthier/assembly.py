@@ -49,6 +49,7 @@ from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.sites import base_state
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
+from luthier.models.weights.narrow import narrow_tables
 from luthier.recipe import fingerprint, resolve
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.recipe.stages import Stage, stages_of
@@ -182,7 +183,10 @@ def _open(
     dtype = torch.float32 if method.trains_base else precision.frozen
     seed = seed_of("score head", recipe.train.seed)
     loaded = load_model(recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed)
-    return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
+    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    if dtype == torch.float32 and format_of(loaded.model) != "none":
+        narrow_tables(loaded.model)
+    return loaded, trunk
 
 
 def _reference(work: Assembled) -> Reference | None:

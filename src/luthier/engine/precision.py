@@ -20,6 +20,7 @@ from torch import nn
 
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import trains
+from luthier.models.weights.narrow import narrow_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,12 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 def settle(model: nn.Module, precision: Precision) -> nn.Module:
     """Store each parameter in its format, in place: trainables float32, frozen ones as `precision` says.
 
-    Buffers keep their types: rotary frequencies and counters must stay exact. Integer (quantized) weights too.
+    Buffers keep their types: rotary frequencies and counters must stay exact. Integer (quantized) weights too, and
+    frozen tables that are stored narrow and lose nothing by it.
     """
+    narrow = narrow_parameters(model)
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in narrow:
             wanted = torch.float32 if trains(parameter) else precision.frozen
             if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
