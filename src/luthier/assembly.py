@@ -186,6 +186,8 @@ def _open(
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
     if dtype == torch.float32 and format_of(loaded.model) != "none":
         narrow_tables(loaded.model)
+    if recipe.engine.checkpoint_activations != "auto":
+        trunk.keep_all()
     return loaded, trunk
 
 

@@ -170,7 +170,7 @@ def test_the_room_goes_to_the_last_layers_first() -> None:
     wide = 2 * 4 * every[0].gate_proj.out_features
     give_room(every, 100 * wide)
     assert [getattr(one, KEEPS) for one in every] == [100 // (len(every) - i) for i in range(len(every))]
-    assert room_for(10) == 128 << 20 and room_for(8_000_000_000) == 2_000_000_000
+    assert room_for(10) == 192 << 20 and room_for(8_000_000_000) == 3_000_000_000
 
 
 def test_memory_falls_by_what_is_not_kept() -> None:

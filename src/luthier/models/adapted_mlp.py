@@ -39,8 +39,8 @@ from luthier.models.kernels.rms_norm import Normed
 from luthier.models.weights.packed import Packed
 
 KEEPS = "luthier_keeps"  # attribute of a feed-forward block: the most tokens for which a and b are kept
-LEAST_ROOM = 128 << 20  # bytes for the a and b of all layers
-ROOM_SHARE = 0.25  # or so many bytes for each number of the model, where that is more
+LEAST_ROOM = 192 << 20  # bytes for the a and b of all layers
+ROOM_SHARE = 0.375  # or so many bytes for each number of the model, where that is more
 _ROWS = 64  # handled at once between the products, so that they stay in the cache
 
 
