@@ -24,7 +24,9 @@ MODEL, STEPS = "qwen2-0.5b", 2
 ABOVE, SHARE, SPEED = 0.8e9, 0.5, 0.8  # bytes above the weights; nf4's peak and speed against the dense base's
 SYSTEMS = {
     "luthier": race.LUTHIER,
-    "luthier_nf4": replace(race.LUTHIER, title="Luthier, base in nf4", settings={"model_fields": {"quantization": "nf4"}}),
+    "luthier_nf4": replace(
+        race.LUTHIER, title="Luthier, base in nf4", settings={"model_fields": {"quantization": "nf4"}}
+    ),
     "trl_second": SECOND,
     "trl_recompute": replace(
         SECOND, title=f"{SECOND.title}, activations computed twice",
@@ -114,14 +116,15 @@ def page(result: dict[str, Any]) -> str:
             "" if off is None else f"{off:.1e}",
         ])  # fmt: skip
     low, high = result["length_range"]
+    words = model_words(result["shape"])
+    words = words.replace("Llama", "Qwen2-0.5B (head tied, biases)") if result["model"] == MODEL else words
     told = [
         *(f"{'Holds' if holds else 'MISSED'}: {words}." for words, _, holds in goals(result)),
         machine(result),
-        f"{model_words(result['shape']).replace('Llama', 'Qwen2-0.5B (head tied, biases)')}, "
-        f"{megabytes(result['weights_bytes'])}; numbers of a bf16 file.",
-        f"LoRA r {work.R} on all linear layers, {result['rows_per_step']} rows a step of {low} to {high} tokens, median "
-        f"{result['length_median']:.0f}, {result['trained_share']:.0%} trained; default settings of each system beyond "
-        "what its name says.",
+        f"{words}, {megabytes(result['weights_bytes'])}; numbers of a bf16 file.",
+        f"LoRA r {work.R} on all linear layers, {result['rows_per_step']} rows a step of {low} to {high} tokens, "
+        f"median {result['length_median']:.0f}, {result['trained_share']:.0%} trained; default settings of each system "
+        "beyond what its name says.",
         f"Held: bytes that torch's operations hold at most in {STEPS} steps, adapters, gradients and optimizer among "
         "them. Resident: the largest resident set of the process that was followed, libraries included.",
         f"Speed: {result['timed_steps']} timed steps in turns after one that warms up, medians; in four bits the loss "

@@ -33,7 +33,9 @@ def test_equals_one_call_for_each_segment(lengths: list[int], heads: int, groups
     mine, right = segment_attention(*given, lengths, scale), apart(*given, lengths, scale)
     grad = torch.randn(right.shape, generator=torch.Generator().manual_seed(9))
     assert torch.equal(mine, right) and mine.is_contiguous()
-    for own, theirs in zip(torch.autograd.grad(mine, given, grad), torch.autograd.grad(right, given, grad), strict=True):
+    for own, theirs in zip(
+        torch.autograd.grad(mine, given, grad), torch.autograd.grad(right, given, grad), strict=True
+    ):
         assert torch.equal(own, theirs)
 
 
@@ -62,7 +64,9 @@ def test_a_model_takes_it_for_roots_and_only_for_them(monkeypatch: pytest.Monkey
         monkeypatch.setattr(attention, "serves", lambda q, v, allowed=allowed: allowed and serves(q, v))
         trunk = Trunk(model)
         logprobs = trunk.logprobs(roots)
-        found.append([logprobs.detach(), *torch.autograd.grad(logprobs.sum(), list(model.parameters()), allow_unused=True)])
+        found.append(
+            [logprobs.detach(), *torch.autograd.grad(logprobs.sum(), list(model.parameters()), allow_unused=True)]
+        )
         trunk.close()
     assert called and all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
     called.clear()

@@ -6,7 +6,8 @@
 
 A and dz are those of all i side by side: one product with x instead of one for each. dx is summed where it lies, by
 the products themselves. Saved for the backward: x once (not even that where it comes from a norm, which keeps what it
-is made from) and z = x A^T (T, R); W, A and B are parameters anyway. What is not asked for is not made: no gradient of W and b (they are frozen), none of x below the first trainable site.
+is made from) and z = x A^T (T, R); W, A and B are parameters anyway. What is not asked for is not made: no gradient
+of W and b (they are frozen), none of x below the first trainable site.
 A packed W (models/weights) is unpacked for each product, in the forward and again in the backward; nothing of it is
 kept. Left out: second derivatives, and bases that are neither that nor plain matrices of the computing dtype
 (models/low_rank.py).
@@ -101,8 +102,9 @@ def kept_of(x_TD: Tensor, source: Normed | None) -> tuple[Tensor, Tensor | None,
 
 def kept_again(kept: Sequence[Any], offset: float) -> Tensor:
     """x (T, D) from what `kept_of` gave."""
-    x: Tensor = kept[0] if kept[1] is None else Normed(*kept, offset).again()
-    return x.reshape(-1, x.shape[-1])
+    x, r, weight_D = kept
+    made: Tensor = x if r is None else Normed(x, r, weight_D, offset).again()
+    return made.reshape(-1, made.shape[-1])
 
 
 class Frozen(NamedTuple):
@@ -119,7 +121,8 @@ def pulled_back(
     """(dx, gradients of the pairs) from the dy (T, O) of each; what nobody wants is None."""
     compute, pairs = x_TD.dtype, group.pairs
     ranks = [a_RD.shape[0] for a_RD in pairs[::2]]
-    dz_TR, dx_TD, dpairs = torch.zeros_like(z_TR), None, [None] * len(pairs)
+    dz_TR, dx_TD = torch.zeros_like(z_TR), None
+    dpairs: list[Tensor | None] = [None] * len(pairs)
     for i, (dy_TO, z, dz) in enumerate(zip(dys, z_TR.split(ranks, 1), dz_TR.split(ranks, 1), strict=True)):
         if dy_TO is None:
             continue

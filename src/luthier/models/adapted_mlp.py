@@ -1,6 +1,6 @@
 """A feed-forward block of three adapted linears as one function: down(silu(gate(x)) * up(x)), little of it kept.
 
-    a, b = gate(x), up(x)     h = silu(a) b     y = down(h)            each linear W x + s B A x, as in adapted_linears.py
+    a, b = gate(x), up(x)     h = silu(a) b     y = down(h)          each linear as in models/adapted_linears.py
 
 Apart, the block keeps a, b and h, three times its width for each token. Here h is made again from a and b (one pass
 over what is there anyway), and so are a and b themselves where `keep` is false: two products more in the backward,
@@ -115,7 +115,7 @@ class _AdaptedMLP(torch.autograd.Function):
         x_TD = kept_again((x, r, norm_D), ctx.offset)
         pairs, dense, want = rest[:6], rest[6:], ctx.needs_input_grad[3:]
         block = Block(*(
-            Adapted(packed if weight is None else weight, bias, *pairs[2 * i : 2 * i + 2], scale)
+            Adapted(packed if weight is None else weight, bias, pairs[2 * i], pairs[2 * i + 1], scale)
             for i, ((packed, bias, scale), weight) in enumerate(zip(ctx.rest, dense, strict=True))
         ))  # fmt: skip
         with torch.autocast(x_TD.device.type, enabled=False):

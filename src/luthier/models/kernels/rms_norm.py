@@ -21,7 +21,6 @@ from luthier.models.kernels import triton_norm
 from luthier.models.kernels.gpu import refusal
 from luthier.models.kernels.triton_norm import Norm
 
-
 _SOURCE = "luthier_normed"
 
 
