@@ -186,7 +186,7 @@ def _open(
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
     if dtype == torch.float32 and format_of(loaded.model) != "none":
         narrow_tables(loaded.model)
-    if recipe.engine.checkpoint_activations != "auto":
+    if recipe.engine.checkpoint_activations in (True, False, "mlp"):  # told to keep all, or made again around it
         trunk.keep_all()
     return loaded, trunk
 

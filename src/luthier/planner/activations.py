@@ -4,10 +4,13 @@ For each token of a layer, in elements (D width, A queries, K keys, F MLP; each 
 
     2 D        the layer's input and its middle, kept by the two norms
     D + D      what the norms put out, where the linears behind them are adapted or trained (a frozen linear keeps no
-               input); with trained norms D + D more, before their weight
+               input); with trained norms D + D more, before their weight. Float32 on a CPU keeps neither beside
+               low-rank pairs, and nothing more for trained norms
     A + 2 K    queries and keys after rotation, values; A + K more where a family norms queries and keys
-    A (+ A)    attention's output; on a CPU once more, laid out as tokens by width, where the output linear keeps it
-    2 F + F    gate and up (fused SwiGLU keeps nothing else), and their product where the down linear keeps it
+    A (+ A)    attention's output; on a CPU beyond float32 once more, laid out as tokens by width, where the output
+               linear keeps it (and for answers that share a prompt: not counted)
+    2 F + F    gate and up (fused SwiGLU keeps nothing else), and their product where the down linear keeps it. Float32
+               on a CPU, low-rank pairs on all three: no product, and gate and up of so many layers as `room` holds
     R, O       x A^T of low-rank pairs; with DoRA every output before it is scaled
     plain      an MLP without a gate keeps F, of GPT-2's gelu written out 4 F; dropout a byte for each number that it
                drops; attention with dropout its shares before and after it and the noise, 12 bytes
@@ -16,7 +19,8 @@ For each token of a layer, in elements (D width, A queries, K keys, F MLP; each 
 
 The last layer keeps all rows of what its keys and values need and only the scored rows of everything else; its masks
 are one float and one byte for each scored row and key. `flight` is what the backward of one layer holds besides: the
-gradient of the residual stream, and of the MLP four F at the SwiGLU while its product is gone already.
+gradient of the residual stream, and of the MLP four F at the SwiGLU while its product is gone already; as one function
+with the pairs two F, three where gate and up are made again.
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ class Numbers:
     stream: int
     compute: int
     kernels: bool = False
+    room: int | None = None  # bytes for gate and up of all layers (models/adapted_mlp.py); None: without end
+
+    @property
+    def plain(self) -> bool:
+        """Float32 on a CPU, whose functions keep less than those of torch."""
+        return self.stream == self.compute == FLOAT and not self.kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,43 +64,47 @@ class Kept:
 
 def kept(form: Form, trained: Trained, load: Load, numbers: Numbers) -> Kept:
     """Of this microbatch; with every row in the last layer where few are left out."""
-    whole = _layer(form, trained, numbers)
+    whole, inner = _layer(form, trained, numbers), _inner(form, numbers)
+    of_room = _of_room(form, load, inner, numbers)
     turned = 2 * form.head_width * numbers.stream
     residual = load.tokens * form.width * numbers.stream
     if load.restricted:
         taken = load.tokens * _taken(form, trained, numbers)
-        last = taken + load.kept * (whole - 2 * form.keys * numbers.compute) + load.masks * (FLOAT + 1)
+        last = taken + load.kept * (whole + inner - 2 * form.keys * numbers.compute) + load.masks * (FLOAT + 1)
         shared = (load.tokens + load.kept) * turned
     else:
-        last, shared = load.tokens * whole, load.tokens * turned
-    flight = _flight(form, trained, numbers)
+        last, shared = load.tokens * (whole + inner), load.tokens * turned
+    flight = _flight(form, trained, numbers, again=of_room < load.tokens * inner)
     scores = _scores(form, load)
     return Kept(
-        layer=load.tokens * whole + scores, last=last + scores,
+        layer=load.tokens * whole + of_room + scores, last=last + scores,
         first_input=0 if trained.embedding_trains else residual, shared=shared, stream=residual,
         flight=load.tokens * flight, flight_last=load.kept * flight,
     )  # fmt: skip
 
 
 def _layer(form: Form, trained: Trained, numbers: Numbers) -> int:
-    """Bytes for each token of a whole layer."""
+    """Bytes for each token of a layer, beyond gate and up."""
     saves, compute = trained.saves, numbers.compute
     elements = form.queries + 2 * form.keys + form.queries + trained.ranks + trained.outputs
-    elements += form.width * (("attention_in" in saves) + ("mlp_in" in saves))
-    if "attention_out" in saves and not numbers.kernels:
+    if not _spares(trained, numbers):
+        elements += form.width * (("attention_in" in saves) + ("mlp_in" in saves))
+    if "attention_out" in saves and not numbers.kernels and not numbers.plain:
         elements += form.queries
     if form.head_norms or form.attention_dropout:
         elements += form.queries + form.keys
-    elements += (2 if form.gated else form.mlp_kept) * form.ffn + form.ffn * ("mlp_out" in saves)
-    normed = 2 * form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
+    elements += 0 if form.gated else form.mlp_kept * form.ffn
+    elements += form.ffn * ("mlp_out" in saves and not as_one(form, trained, numbers))
+    normed = 2 * form.width * numbers.stream if _keeps_normed(trained, numbers) else 0
     masks = 2 * form.width if form.dropout else 0
     return elements * compute + 2 * form.width * numbers.stream + normed + masks + FLOAT * (2 * NORM + form.heads)
 
 
 def _taken(form: Form, trained: Trained, numbers: Numbers) -> int:
     """Bytes for each token of the last layer's pass over all rows, which ends at its keys and values."""
-    elements = 2 * form.keys + form.width * ("attention_in" in trained.saves) + min(trained.ranks, _of_keys(trained))
-    normed = form.width * numbers.stream if trained.norms_train and not numbers.kernels else 0
+    reads = "attention_in" in trained.saves and not _spares(trained, numbers)
+    elements = 2 * form.keys + form.width * reads + min(trained.ranks, _of_keys(trained))
+    normed = form.width * numbers.stream if _keeps_normed(trained, numbers) else 0
     outputs = 2 * form.keys + form.queries if trained.outputs else 0
     return (elements + outputs) * numbers.compute + form.width * numbers.stream + normed + FLOAT * NORM
 
@@ -105,9 +119,41 @@ def _of_keys(trained: Trained) -> int:
     return -(-3 * trained.ranks // 7)
 
 
-def _flight(form: Form, trained: Trained, numbers: Numbers) -> int:
+def _inner(form: Form, numbers: Numbers) -> int:
+    """Bytes for each token of gate and up."""
+    return 2 * form.ffn * numbers.compute if form.gated else 0
+
+
+def _of_room(form: Form, load: Load, inner: int, numbers: Numbers) -> int:
+    """Bytes of gate and up in an ordinary layer, the average of those that keep them and those that do not."""
+    whole = load.tokens * inner
+    if numbers.room is None or not whole:
+        return whole
+    ordinary = max(1, form.layers - 1)
+    return whole * max(0, min(ordinary, numbers.room // whole - 1)) // ordinary
+
+
+def _spares(trained: Trained, numbers: Numbers) -> bool:
+    """Inputs that come from a frozen norm are made again, where low-rank pairs read them."""
+    return numbers.plain and bool(trained.ranks) and not trained.base_trained and not trained.norms_train
+
+
+def as_one(form: Form, trained: Trained, numbers: Numbers) -> bool:
+    """The feed-forward block is one function: pairs on all three of its linears, and nothing besides."""
+    reads = {"mlp_in", "mlp_out"} <= trained.saves
+    return form.gated and reads and not trained.outputs and _spares(trained, numbers)
+
+
+def _keeps_normed(trained: Trained, numbers: Numbers) -> bool:
+    """Rows before a trained norm's weight: where the norm is torch's."""
+    return trained.norms_train and not numbers.kernels and not numbers.plain
+
+
+def _flight(form: Form, trained: Trained, numbers: Numbers, *, again: bool) -> int:
     product = "mlp_out" in trained.saves
     at_swiglu = (3 if product else 4) * form.ffn if form.gated else 2 * form.ffn
+    if as_one(form, trained, numbers):
+        at_swiglu = (3 if again else 2) * form.ffn
     return at_swiglu * numbers.compute + form.width * numbers.stream
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from luthier.models.adapted_mlp import room_for
 from luthier.planner import activations, head
 from luthier.planner.activations import FLOAT, Numbers
 from luthier.planner.formats import Stored, state_bytes
@@ -87,7 +88,10 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
     form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
-    kept, again = activations.kept(form, trained, load, numbers), setting.recomputed(form.layers)
+    again = setting.recomputed(form.layers)
+    if numbers.plain and again < form.layers and activations.as_one(form, trained, numbers):
+        numbers = replace(numbers, room=room_for(shape.parameters))
+    kept = activations.kept(form, trained, load, numbers)
     always, gradients = _always(shape, trained, setting), trained.elements * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     standing = head.standing(form, setting.head)
