@@ -12,7 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import curves, gpu, memory, methods, plan, plots, profile, quality, scale, search, share, sharing
+from bench import (
+    curves,
+    formats,
+    gpu,
+    low_memory,
+    memory,
+    methods,
+    plan,
+    plots,
+    profile,
+    quality,
+    scale,
+    search,
+    share,
+    sharing,
+)
 from bench.options import RESULTS
 from bench.protocol import ROOT
 from bench.table import race_page, race_table
@@ -26,6 +41,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sft": race_page, "full": race_page, "dpo-each": race_page, "dpo-cached": race_page, "sharing": sharing.page,
     "share": share.page, "memory": memory.page, "plan": plan.page, "scale": scale.page, "curves": curves.page,
     "quality": quality.page, "gpu": gpu.page, "search": search.page, "profile": profile.page, "methods": methods.page,
+    "low_memory": low_memory.page, "formats": formats.page,
 }  # fmt: skip
 _INTRO = """# Benchmarks
 
