@@ -21,6 +21,7 @@ from bench.summary import summarise
 from bench.table import bullets, machine, megabytes, model_words, spread, table, versions
 
 MODEL, STEPS = "qwen2-0.5b", 2
+COMMON = 4000  # characters that rows are made of: none that a family's tokenizer would compose or take apart
 ABOVE, SHARE, SPEED = 0.8e9, 0.5, 0.8  # bytes above the weights; nf4's peak and speed against the dense base's
 SYSTEMS = {
     "luthier": race.LUTHIER,
@@ -51,10 +52,11 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
         directory = Path(name)
         weights = work.make_model(shape, directory / "model", family=work.FAMILIES.get(parsed.model, "llama"))
+        drawn = work.make_rows(steps * parsed.rows_per_step, shape["vocab_size"], longest=parsed.longest)
         settings: dict[str, Any] = {
             "model": str(directory / "model"), "vocabulary": shape["vocab_size"], "rows": steps * parsed.rows_per_step,
             "rows_per_step": parsed.rows_per_step, "longest": parsed.longest, "method": "lora", "objective": "sft",
-            "learning_rate": work.RATES["lora"],
+            "learning_rate": work.RATES["lora"], "common": min(COMMON, shape["vocab_size"] // 2), "lengths": [len(row.ids) for row in drawn],
         }  # fmt: skip
         course = race.Course(
             steps=STEPS, threads=parsed.threads, directory=directory, rivals_python=parsed.rivals_python,
