@@ -56,7 +56,8 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "model": str(directory / "model"), "vocabulary": shape["vocab_size"], "rows": steps * parsed.rows_per_step,
             "rows_per_step": parsed.rows_per_step, "longest": parsed.longest, "method": "lora", "objective": "sft",
-            "learning_rate": work.RATES["lora"], "common": min(COMMON, shape["vocab_size"] // 2), "lengths": [len(row.ids) for row in drawn],
+            "learning_rate": work.RATES["lora"], "common": min(COMMON, shape["vocab_size"] // 2),
+            "lengths": [len(row.ids) for row in drawn],
         }  # fmt: skip
         course = race.Course(
             steps=STEPS, threads=parsed.threads, directory=directory, rivals_python=parsed.rivals_python,

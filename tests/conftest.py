@@ -1,7 +1,8 @@
 """Shared ground of the suite: where real inputs lie, and small models and tokenizers made on the spot.
 
 Real inputs lie beside the checkout (`LUTHIER_TEST_DATA`, default `../shared/data`); a test that needs them
-takes `shared_data` and is skipped with the missing path named where they are absent.
+takes `shared_data` and is skipped with the missing path named where they are absent. No property test has a deadline:
+a busy machine is not a fault.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("no clocks", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clocks")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.data import Figure
 from luthier.contracts.record import Chat, Sample, Source
+from luthier.data.collate import collate, unpack
 from luthier.data.encode import Encoder
 from luthier.data.ledger import Dropped
-from luthier.data.pack import collate, pack, unpack
+from luthier.data.pack import pack
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.models.load import load_model

@@ -26,6 +26,7 @@ from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
 from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
+from luthier.data.fixed_variables import fixed
 from luthier.data.kinds import SUPERVISED
 from luthier.data.pairs import ChosenSide
 from luthier.data.prepare import Prepared, drained, prepare, preparing
@@ -34,7 +35,8 @@ from luthier.data.staged import Part, Staged
 from luthier.data.stream import Stream, StreamSpec
 from luthier.data.template import open_template
 from luthier.engine.cached import Cached, samples_digest
-from luthier.engine.precision import Precision, resolve_device, resolve_precision, settle
+from luthier.engine.optimizer import optimizer_notes
+from luthier.engine.precision import Precision, precision_of, resolve_device, settle
 from luthier.engine.reference import FrozenCopy, MethodOff, Untrained, choose
 from luthier.engine.scoring import Scorer
 from luthier.engine.seeds import seed_of
@@ -96,13 +98,13 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     method, objective = resolve.build("methods", recipe.method), resolve.build("objectives", recipe.objective)
     regularizers = [resolve.build("regularizers", section) for section in recipe.regularizers]
     _refuse_loggers(recipe)
-    if recipe.train.optimizer_in_backward:
-        check_in_backward(method, recipe.train.max_grad_norm, regularizers)
     device = resolve_device(recipe.engine.device)
-    precision = _precision(recipe, device)
+    notes = optimizer_notes(type(method), recipe.train, device)
+    precision = precision_of(recipe, method, device, notes)
+    if recipe.train.optimizer_in_backward:
+        check_in_backward(method, recipe.train.max_grad_norm, regularizers, precision)
     settle_threads(recipe.engine.threads)
     text = load_text(recipe.model)
-    notes: list[str] = []
     method = method.with_texts(lambda words: text.tokenizer(words)["input_ids"])
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)
@@ -173,14 +175,14 @@ def _passes(scorer: Scorer, stream: Stream) -> Iterator[Callable[[], None]]:
 def _open(
     recipe: Recipe, method: Method, precision: Precision, device: torch.device, reads: str = "logprobs"
 ) -> tuple[Loaded, Trunk]:
-    """The base from its files; what trains is float32, so a base that trains is loaded as that."""
+    """The base from its files; a base that trains is loaded in the dtype of what trains."""
     if method.trains_base and recipe.model.quantization != "none":
         raise RecipeError(
             f"{type(method).__name__} trains the weights themselves, and packed ones do not train",
             where="model.quantization", value=recipe.model.quantization,
             remedy="set model.quantization: none, or use method: lora",
         )  # fmt: skip
-    dtype = torch.float32 if method.trains_base else precision.frozen
+    dtype = precision.trained if method.trains_base else precision.frozen
     seed = seed_of("score head", recipe.train.seed)
     loaded = load_model(recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed)
     trunk = open_trunk(loaded.model, attention=recipe.model.attention)
@@ -236,6 +238,11 @@ def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime |
         )
         section = section.model_copy(update={"max_tokens": most})
     template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
+    variables = recipe.model.template_variables
+    if variables and template is None:
+        raise RecipeError("there is no chat template to read them", where="model.template_variables", value=variables,
+                          remedy="name one in model.chat_template")  # fmt: skip
+    template = template and fixed(template, variables)
     objective: Objective = resolve.build("objectives", recipe.objective)
     return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
 
@@ -271,18 +278,6 @@ def data_section(recipe: Recipe) -> DataSection:
     if recipe.evaluate.on and recipe.data.eval is None:
         return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
     return recipe.data
-
-
-def _precision(recipe: Recipe, device: torch.device) -> Precision:
-    """`model.dtype` and `engine.precision` must not contradict each other; either may decide."""
-    said = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[recipe.model.dtype]
-    asked = recipe.engine.precision
-    if "auto" not in (said, asked) and said != asked:
-        raise RecipeError(
-            "model.dtype and engine.precision contradict each other", where="model.dtype", value=f"{said}, {asked}",
-            remedy="leave one of them at auto",
-        )  # fmt: skip
-    return resolve_precision(said if asked == "auto" else asked, device)
 
 
 def _refuse_loggers(recipe: Recipe) -> None:

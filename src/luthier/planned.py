@@ -13,6 +13,7 @@ from typing import Any
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.objective import Objective
+from luthier.engine.optimizer import check_together
 from luthier.models.directory import find_directory, read_json, scan
 from luthier.planner import twin
 from luthier.planner.formats import Stored
@@ -49,6 +50,7 @@ def plan_of(
 ) -> Planned:
     """`device`: cpu or cuda. `words`: a configuration in place of the model directory's."""
     method: Method = resolve.build("methods", recipe.method)
+    check_together(type(method), recipe.train.optimizer)
     if tokenize is not None:
         method = method.with_texts(tokenize)
     objective: Objective = resolve.build("objectives", recipe.objective)
@@ -76,10 +78,12 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
     """The recipe's words in those of the planner."""
     precision = _precision(recipe, device)
     compute = 4 if precision == "fp32" else 2
+    narrow = recipe.engine.trained_dtype == "bfloat16" or recipe.method.get("adapter_dtype") == "bf16"
     linear = type(objective).coefficients is not Objective.coefficients
     double = bool(getattr(recipe.model, "double_quantization", True))
     return Setting(
         device=device, stored=Stored(recipe.model.quantization, double, compute), compute=compute,
+        trained=2 if precision == "bf16" and narrow else 4,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
@@ -96,7 +100,13 @@ def _recompute(said: Any) -> int:
 def _precision(recipe: Recipe, device: str) -> str:
     said = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(recipe.model.dtype, "auto")
     asked = recipe.engine.precision if recipe.engine.precision != "auto" else said
-    return asked if asked != "auto" else "bf16" if device == "cuda" else "fp32"
+    narrow = recipe.engine.trained_dtype == "bfloat16"
+    found = asked if asked != "auto" else "bf16" if device == "cuda" or narrow else "fp32"
+    if narrow and found != "bf16":
+        raise RecipeError("weights in bfloat16 train with products in bfloat16", where="engine.trained_dtype",
+                          value=f"bfloat16, engine.precision {found}",
+                          remedy="set engine.precision: bf16, or trained_dtype: float32")  # fmt: skip
+    return found
 
 
 def _notes(shape: ModelShape, trained: Trained, setting: Setting, course: Course) -> list[str]:

@@ -145,7 +145,7 @@ def test_targets_and_flags(luthier: Callable[..., Any], recipe: Path, tmp_path: 
         ("method.exclude_modules=[nosuch]", ("method.exclude_modules", "saw nosuch")),
         ("method.layers_to_transform=[0, 99]", ("method.layers_to_transform", "saw 99")),
         ("method.layers_pattern=layers", ("method.layers_pattern", "layers_to_transform")),
-        ("train.optimizer=sgd", ("`train.optimizer`", "adamw", "saw sgd")),
+        ("train.optimizer=adamw8bit", ("`train.optimizer`", "saw adamw8bit", "did you mean `adamw_8bit`?")),
         ("engine.strategy=ddp", ("`engine.strategy`", "saw ddp")),
         ("engine.device=mps", ("engine.device", "saw mps")),
         ("model.revision=main", ("model.revision", "local directory")),

@@ -23,14 +23,14 @@ HEAVY = ("torch", "pydantic", "rich", "yaml", "numpy", "transformers", "jinja2",
 def program(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     return subprocess.run(
-        [sys.executable, "-m", "luthier", *words], capture_output=True, text=True, env=environment, cwd=cwd, timeout=60
+        [sys.executable, "-m", "luthier", *words], capture_output=True, text=True, env=environment, cwd=cwd, timeout=240
     )
 
 
 def imported_by(code: str) -> str:
     probe = f"import sys\n{code}\nprint([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, timeout=240)
     return done.stderr.strip().splitlines()[-1]
 
 
@@ -146,6 +146,6 @@ def test_python_m_luthier_is_the_program(tmp_path: Path) -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     line = f"{sys.executable} -m luthier schema | head -c 10 >/dev/null; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=240)
     assert done.stderr == ""
     assert done.returncode in (0, 141)

@@ -1,10 +1,11 @@
-"""Steps that do by the hash of a row whatever a step may do, files to build from, and a program to kill."""
+"""Steps that do by the hash of a row whatever a step may do, files to build from, and a process to kill."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,5 +90,18 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and path.name != ".lock"}
 
 
-if __name__ == "__main__":
-    build(spec_of(Path(sys.argv[1])), Path(sys.argv[2]), workers=int(sys.argv[3]))
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["luthier.data.build"])
+
+
+def code_of(target: Callable[..., object], *words: object) -> int | None:
+    """The exit code of a call in a process of its own, forked from one that only imported what takes long."""
+    process = SERVER.Process(target=target, args=words)
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+def faulty_build(folder: Path, out: Path, fault: str) -> None:
+    os.environ["LUTHIER_FAULT"] = fault
+    build(spec_of(folder), out, workers=1)

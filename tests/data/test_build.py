@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import build_rig
-from data.build_rig import Share, Sift, contents, spec_of, write_rows
+from data.build_rig import Share, Sift, code_of, contents, faulty_build, spec_of, write_rows
 from luthier.contracts.errors import DataError, LuthierError, ResourceError
 from luthier.contracts.record import Source, Text
 from luthier.contracts.step import Item, Room, Step
@@ -159,10 +155,8 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     assert "thesis.tex" in caught.value.line() and caught.value.exit_code == 2
 
 
-def _run(folder: Path, out: Path, fault: str | None = None) -> int:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **({"LUTHIER_FAULT": fault} if fault else {})}
-    words = [sys.executable, build_rig.__file__, str(folder), str(out), "1"]
-    return subprocess.run(words, env=environment, timeout=60, check=False).returncode
+def _run(folder: Path, out: Path, fault: str = "") -> int | None:
+    return code_of(faulty_build, folder, out, fault)
 
 
 def _usable(out: Path) -> bool:

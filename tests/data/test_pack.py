@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import balance, collate, compact, pack, unpack
+from luthier.data.collate import collate, unpack
+from luthier.data.pack import balance, compact, pack
 
 WEIGHTS = st.sampled_from([0.0, 1.0, 1.0, 0.5, 2.25])
 

@@ -17,10 +17,10 @@ from data.reading import read_file
 from data.test_encode import CHATML, FILLED, LLAMA3, Mask, encoder
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.record import Chat, Completion, Judged, Pair, Record, Sample
+from luthier.data.collate import collate, unpack
 from luthier.data.encode import Encoder
 from luthier.data.kinds import check_kind
 from luthier.data.ledger import Dropped
-from luthier.data.pack import collate, unpack
 from luthier.data.pairs import sides
 from luthier.data.prepare import prepare
 from luthier.recipe.recipe import DataSection, DataSource

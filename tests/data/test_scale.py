@@ -95,7 +95,7 @@ def test_killed_and_launched_again_loses_nothing(tmp_path: Path) -> None:
 
     def run(fault: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "LUTHIER_FAULT": fault}
-        return subprocess.run(words, env=environment, capture_output=True, timeout=100, check=False, text=True)
+        return subprocess.run(words, env=environment, capture_output=True, timeout=300, check=False, text=True)
 
     died = run("stage.before_sidecar:3")  # in a task: the build says so and ends
     assert died.returncode == 1 and "ended by signal 9" in died.stderr

@@ -214,7 +214,7 @@ def test_keys_judge_and_the_saved_sheet_reads_back(tmp_path: Path) -> None:
     (tmp_path / "check.html").write_text(page(rows, "check"), "utf-8")
     (tmp_path / "run.js").write_text(_HARNESS, "utf-8")
     made = subprocess.run(["node", "-e", _HARNESS, str(tmp_path / "check.html"), "g5ku4jbx1"], capture_output=True,
-                          check=True, timeout=60, text=True)  # fmt: skip
+                          check=True, timeout=240, text=True)  # fmt: skip
     (tmp_path / "check.csv").write_text(made.stdout, "utf-8")
     found = judged(built_rows(folder), ("origin",), tmp_path / "check.csv")
     assert {one.line: one.word for one in found.checked} == {1: "good", 2: "unsure", 3: "4", 5: "bad", 6: "1"}

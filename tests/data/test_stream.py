@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import unpack
+from luthier.data.collate import unpack
 from luthier.data.stream import Stream, StreamSpec
 
 

@@ -63,12 +63,6 @@ def test_the_date_is_fixed_when_the_template_is_made() -> None:
     assert made.render(USER) == "26 July 2024"
 
 
-def test_unknown_variables_are_refused_and_known_ones_reach_the_template() -> None:
-    assert Template("{{ enable_thinking }}", {}, "t", variables={"enable_thinking": False}).render(USER) == "False"
-    with pytest.raises(DataError, match="unknown template variable"):
-        Template("x", {}, "t", variables={"bos_token": "x"})
-
-
 def test_named_templates_and_overrides(tmp_path) -> None:  # type: ignore[no-untyped-def]
     tokenizer = tokenizer_for(template("chatml"))
     named = open_template({"default": "plain", "tool_use": "with tools"}, tokenizer)

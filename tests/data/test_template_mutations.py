@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from datetime import UTC, datetime
 
+import pytest
 from tokenizers import AddedToken
 
 from data.families import SOURCE, STRINGS, TEMPLATES, chat, tokenizer_for, trained
@@ -20,7 +21,7 @@ from luthier.contracts.record import Chat
 from luthier.data.mask import Masked, Masker
 from luthier.data.template import Template
 
-SEEDS = 150
+SEEDS = pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 150), marks=pytest.mark.nightly)], ids=len)
 NOW = datetime(2024, 5, 6, tzinfo=UTC)
 CHATS = ((("Why so?", "Because it is."), ("And now?", "Then that, too.")), (("One", "two"),), (("a", " b "),) * 3)
 
@@ -43,10 +44,11 @@ def attempt(text: str, *rows: Chat) -> list[tuple[Masker, Masked] | DataError]:
     return made
 
 
-def test_grown_templates_train_what_they_were_built_to() -> None:
+@SEEDS
+def test_grown_templates_train_what_they_were_built_to(seeds: range) -> None:
     counts: Counter[str] = Counter()
     rows = [chat(*[text for turn in turns for text in turn]) for turns in CHATS]
-    for seed in range(SEEDS):
+    for seed in seeds:
         grown = grow(random.Random(seed))
         for turns, found in zip(CHATS, attempt(grown.text, *rows), strict=True):
             if isinstance(found, DataError):
@@ -55,15 +57,16 @@ def test_grown_templates_train_what_they_were_built_to() -> None:
             else:
                 assert trained(found[1]) == grown.trains(turns), (seed, grown.text)
                 counts["proven"] += 1
-    assert counts["proven"] >= 2 * SEEDS, counts
+    assert counts["proven"] >= 2 * len(seeds), counts
 
 
-def test_mutated_templates_are_exact_or_refused() -> None:
+@SEEDS
+def test_mutated_templates_are_exact_or_refused(seeds: range) -> None:
     """Anything but DataError fails here: an exception of jinja, a hang, a mask that is wrong on its face."""
     written = [*TEMPLATES.values(), *(text for text, _, _ in HABITS.values())]
     counts: Counter[str] = Counter()
     row = chat("Why so?", "Because it is.", "And now?", "Then that, too.")
-    for seed in range(2 * SEEDS):
+    for seed in (n for each in seeds for n in (2 * each, 2 * each + 1)):
         rng = random.Random(seed)
         text = mutate(rng, rng.choice(written))
         (found,) = attempt(text, row)
@@ -74,7 +77,7 @@ def test_mutated_templates_are_exact_or_refused() -> None:
         else:
             _check(*found, row, text)
             counts["proven"] += 1
-    assert counts["proven"] >= SEEDS / 5, counts
+    assert counts["proven"] >= len(seeds) / 5, counts
 
 
 def _check(made: Masker, masked: Masked, row: Chat, text: str) -> None:

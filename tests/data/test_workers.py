@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from data.letters import Letters, mixed, row, told, write
 from luthier.contracts.errors import LuthierError, ResourceError
+from luthier.contracts.record import Chat, Source
 from luthier.data.batches import BATCH_ROWS
 from luthier.data.encode import Encoder
 from luthier.data.prepare import Prepared, prepare
@@ -27,7 +31,7 @@ def run(path: str, workers: int, encoder: Any = None, **fields: Any) -> Prepared
 def test_the_same_samples_ledger_and_identity(tmp_path: Path) -> None:
     path = mixed(tmp_path / "rows.jsonl")
     made, counts = [], []
-    for workers in (0, 1, 4):
+    for workers in (0, 1, 2):
         encoder = Letters()
         made.append(told(run(path, workers, encoder, bad_rows="quarantine", eval=0.1, weight=1.4)))
         counts.append(encoder.escaped)
@@ -75,7 +79,7 @@ def test_a_file_that_is_cut_is_told_after_the_rows_before_it(tmp_path: Path) -> 
 def test_a_killed_worker_is_an_error_that_names_it_and_its_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [row(i, " killed" if i == 300 else "") for i in range(600)])
     with ThreadPoolExecutor(1) as pool:
-        said = pool.submit(_error, path, 2, ResourceError).result(timeout=30)
+        said = pool.submit(_error, path, 2, ResourceError).result(timeout=240)
     first = 300 // BATCH_ROWS * BATCH_ROWS + 1
     assert "signal 9" in said and f"rows.jsonl:{first} to {path}:{first + BATCH_ROWS - 1}" in said
     assert said.startswith("resources: worker ") and "data.workers" in said
@@ -95,3 +99,18 @@ def test_how_many_processes() -> None:
     assert [workers_for(asked, 10**12) for asked in (0, 1, 7)] == [0, 1, 7]
     assert workers_for("auto", 0) == workers_for("auto", BYTES_PER_WORKER) == 0
     assert workers_for("auto", 10**12) != 1
+
+
+def test_a_process_that_only_encodes_starts_without_torch(tmp_path: Path) -> None:
+    encoder = Encoder(tiny_tokenizer(), Template(CHATML, {"eos_token": "<|im_end|>"}, "chatml"),
+                      DataSection(train=(DataSource(path="-"),)))  # fmt: skip
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "work").write_bytes(pickle.dumps((encoder, [Chat(turns, Source("f", 1))])))
+    program = (
+        "import pickle, sys; from luthier.data.workers import _answered;"
+        "encoder, records = pickle.load(sys.stdin.buffer); _, answer, wrong = _answered(encoder, 0, records);"
+        "assert answer is not None, wrong; print('torch' in sys.modules)"
+    )
+    with (tmp_path / "work").open("rb") as given:
+        done = subprocess.run([sys.executable, "-c", program], stdin=given, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.pairs import Preference, pair_samples
 from luthier.contracts.batch import Batch
@@ -37,6 +39,7 @@ from luthier.engine.task import Reference, Run
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
 from luthier.models.probe import open_trunk
+from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.objectives.sft import SFT
 from luthier.recipe.recipe import EngineSection, EvaluateSection, TrainSection
 from models import sweep
@@ -75,6 +78,7 @@ class Options:
     evaluation: int = 6
     learning_rate: float = 1e-2
     precision: str = "fp32"
+    trained: str = "auto"  # engine.trained_dtype
     method: str = "lora"
     identity: dict[str, Any] = field(default_factory=dict)
     benign: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +88,7 @@ class Options:
     checkpoint_activations: Any = "auto"
     keep_best: str | None = "eval_loss"
     in_backward: bool = False  # the optimizer's step inside backward
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     family: str = "llama"
     reference: str | None = None  # method_off, frozen_copy, cached: pairs, with a reference had in this way
@@ -92,10 +97,20 @@ class Options:
     small: str = ""  # a family of tests/models/sweep.py instead
 
 
+def bare(family: str, small: str) -> nn.Module:
+    return sweep.build(small, vocab_size=VOCABULARY) if small else tiny(family)
+
+
+@cache
+def facts(family: str, small: str) -> TrunkFacts:
+    """What opening finds of the bare family, asked once for all runs."""
+    return open_trunk(bare(family, small)).facts
+
+
 def build(directory: Path, **changes: Any) -> Run:
     """A run, ready to train."""
     o = Options(**changes)
-    model = sweep.build(o.small, vocab_size=VOCABULARY) if o.small else tiny(o.family)
+    model = bare(o.family, o.small)
     method = METHODS[o.method]
     method.attach(model)
     spec = StreamSpec(
@@ -107,13 +122,14 @@ def build(directory: Path, **changes: Any) -> Run:
     section = TrainSection(
         max_steps=o.steps, save_every=o.save_every, keep=o.keep, learning_rate=o.learning_rate, seed=o.seed,
         warmup_ratio=0.1, weight_decay=0.01, schedule=o.schedule, max_grad_norm=o.max_grad_norm,
-        optimizer_in_backward=o.in_backward,
+        optimizer_in_backward=o.in_backward, optimizer=o.optimizer,
     )  # fmt: skip
     device = torch.device("cpu")
     enter(directory, resume=o.resume, fresh=o.fresh)
     run = Run(
-        directory=directory, method=method, objective=Preference() if o.reference else SFT(), trunk=open_trunk(model),
-        stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device),
+        directory=directory, method=method, objective=Preference() if o.reference else SFT(),
+        trunk=Trunk(model, facts(o.family, o.small)),
+        stream=Stream(rows(48), spec), device=device, precision=resolve_precision(o.precision, device, o.trained),
         train=section, engine=EngineSection(threads=o.threads, checkpoint_activations=o.checkpoint_activations),
         evaluate=EvaluateSection(every=o.every, keep_best=o.keep_best),
         evaluation=Stream(held_out, spec) if held_out else None,
@@ -127,7 +143,7 @@ def build(directory: Path, **changes: Any) -> Run:
 def reference_of(run: Run, kind: str, cache: Path) -> Reference:
     """As assembly makes them."""
     if kind == "frozen_copy":
-        return FrozenCopy(open_trunk(tiny("llama")), run.precision)
+        return FrozenCopy(Trunk(tiny("llama"), facts("llama", "")), run.precision)
     off = None if run.method.trains_base else MethodOff(run.trunk, run.method, run.precision)
     if kind == "method_off":
         assert off is not None

@@ -166,8 +166,8 @@ def test_a_forgotten_parameter_and_an_unknown_optimizer_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match="bias"):
         build_optimizer(Forgets(), nn.Linear(3, 4), TrainSection(), 1e-2)
-    with pytest.raises(RecipeError, match=r"train\.optimizer.*adamw"):
-        build_optimizer(Halves(), nn.Linear(3, 4), TrainSection().model_copy(update={"optimizer": "lion"}), 1e-2)
+    with pytest.raises(RecipeError, match=r"train\.optimizer.*did you mean `lion`"):
+        build_optimizer(Halves(), nn.Linear(3, 4), TrainSection().model_copy(update={"optimizer": "lyon"}), 1e-2)
     with pytest.raises(RecipeError, match="nothing to train"):
         build_optimizer(Method(), nn.Linear(3, 4).requires_grad_(False), TrainSection(), 1e-2)
 

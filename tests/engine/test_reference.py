@@ -16,7 +16,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import NumericError, RecipeError
 from luthier.contracts.event import Evaluated, StepDone
 from luthier.contracts.objective import Objective
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.modes import train_mode
 from luthier.engine.precision import resolve_precision
 from luthier.engine.reference import MethodOff, choose

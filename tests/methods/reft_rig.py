@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.methods.direft import DiReFT
 from luthier.methods.loreft import LoReFT
 from luthier.models.reft import Intervention

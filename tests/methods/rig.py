@@ -17,9 +17,11 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.optimizer import build_optimizer
+from luthier.models.probe import open_trunk
 from luthier.models.quantise import quantise
+from luthier.models.trunk import Trunk, TrunkFacts
 from luthier.recipe import resolve
 from tiny import VOCABULARY, tiny
 
@@ -47,6 +49,16 @@ def _made(family: str, tied: bool) -> nn.Module:
 def base(family: str, *, tied: bool = False) -> nn.Module:
     """A fresh copy of the family's tiny model (gpt2 is always tied)."""
     return copy.deepcopy(_made(family, tied))
+
+
+@cache
+def _facts(family: str, attention: str) -> TrunkFacts:
+    return open_trunk(base(family), attention=attention).facts
+
+
+def trunk_of(model: nn.Module, family: str, attention: str = "auto") -> Trunk:
+    """A trunk from what `open_trunk` found of the bare family, asked once."""
+    return Trunk(model, _facts(family, attention))
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:

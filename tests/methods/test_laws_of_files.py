@@ -29,9 +29,8 @@ from methods.rig import (
 )
 
 
-def test_base_state_is_the_untouched_base(made: Made) -> None:
-    method, model, family = made
-    train(method, model)
+def test_base_state_is_the_untouched_base(trained: Made) -> None:
+    method, model, family = trained
     state, original = base_state(model), base(family).state_dict()
     assert list(state) == list(original)
     assert all(torch.equal(state[name], original[name]) for name in original) != method.trains_base
@@ -45,9 +44,8 @@ def test_tied_weights_stay_one_object_in_base_state(made: Made) -> None:
     assert (state[names[0]] is state[names[1]]) == tied
 
 
-def test_save_attach_load_is_exact(made: Made, tmp_path) -> None:
-    method, model, family = made
-    train(method, model)
+def test_save_attach_load_is_exact(trained: Made, tmp_path) -> None:
+    method, model, family = trained
     fresh = base(family)
     if method.trains_base:
         stir_all(fresh)
@@ -66,9 +64,8 @@ def stir_all(model: nn.Module) -> None:
     stir(model)
 
 
-def test_wrong_tensors_are_refused_and_leave_the_model_alone(made: Made) -> None:
-    method, model, _ = made
-    train(method, model)
+def test_wrong_tensors_are_refused_and_leave_the_model_alone(trained: Made) -> None:
+    method, model, _ = trained
     tensors, tuned = method.tensors(model), logits(model)
     first = next(name for name, tensor in tensors.items() if tensor.numel())
     for wrong in (
@@ -82,9 +79,8 @@ def test_wrong_tensors_are_refused_and_leave_the_model_alone(made: Made) -> None
         assert torch.equal(logits(model), tuned)
 
 
-def test_merge_agrees_or_refuses(made: Made) -> None:
-    method, model, family = made
-    train(method, model)
+def test_merge_agrees_or_refuses(trained: Made) -> None:
+    method, model, family = trained
     if not method.mergeable:
         with pytest.raises(NotMergeable) as caught:
             method.merge(model)
@@ -157,15 +153,14 @@ def test_config_is_its_own_inverse(made: Made) -> None:
     assert shapes(twin) == shapes(model)
 
 
-def test_peft_reads_the_file(made: Made, tmp_path) -> None:
+def test_peft_reads_the_file(trained: Made, tmp_path) -> None:
     """The oracle of every method whose `peft_type` PEFT has."""
     peft = pytest.importorskip("peft")
-    method, model, family = made
+    method, model, family = trained
     if method.trains_base:
         with pytest.raises(RecipeError, match="whole model"):
             save_adapter(tmp_path / "adapter", method, model, base_path="tiny")
         return
-    train(method, model)
     save_adapter(tmp_path / "adapter", method, model, base_path="tiny")
     if method.peft_type not in list(peft.PeftType):
         with pytest.raises((KeyError, ValueError)):

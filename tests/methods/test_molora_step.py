@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine import rig
 from luthier.contracts.batch import Batch, Forest
 from luthier.contracts.objective import Scored
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.memory import checkpoint_activations
 from luthier.engine.precision import resolve_precision
 from luthier.engine.strategy.single import Single

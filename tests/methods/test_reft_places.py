@@ -17,7 +17,7 @@ from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.gate_numbers import unshared
 from luthier.engine.memory import checkpoint_activations
 from luthier.methods.loreft import LoReFT

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.methods.loreft import LoReFT
 from luthier.models.probe import open_trunk
 from luthier.models.prompt_edges import parse_positions

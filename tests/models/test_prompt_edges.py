@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import ModelError, RecipeError
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.models.prompt_edges import (
     Edges,
     PromptsDiffer,

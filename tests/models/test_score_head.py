@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from luthier.contracts.errors import ModelError
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.models import cut
 from luthier.models.load import Loaded, load_model, save_whole
 from luthier.models.probe import open_trunk

@@ -21,7 +21,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.objective import Objective, Scored
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.recipe import resolve
 
 QUIET = ("reference", "disable_dropout")  # fields that no arithmetic reads

@@ -11,7 +11,7 @@ import torch
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.objective import Scored
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.objectives.dpo import BY_DIFFERENCE, DPO, KNOWN, SMOOTHED
 from objectives.rig import Table, rows, step
 

@@ -12,7 +12,8 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.objective import Scored
 from luthier.contracts.record import Piece, Sample, Source
-from luthier.data.pack import collate, compact
+from luthier.data.collate import collate
+from luthier.data.pack import compact
 from luthier.objectives.kto import KTO, Step, kto_loss, mismatched
 from objectives.rig import Table, rows, step
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from luthier.contracts.batch import Batch
 from luthier.contracts.objective import Scored
 from luthier.contracts.record import Sample
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.recipe import resolve
 from objectives.rig import Case, Table, cases, only_class, step
 from objectives.twins import TWINS, row_of

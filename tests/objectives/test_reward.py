@@ -16,9 +16,9 @@ from luthier.artifact.adapter import load_adapter, save_adapter
 from luthier.contracts.errors import DataError, RecipeError
 from luthier.contracts.objective import Scored
 from luthier.contracts.record import Sample, Source
+from luthier.data.collate import collate
 from luthier.data.encode import Encoder
 from luthier.data.formats import preference
-from luthier.data.pack import collate
 from luthier.data.template import open_template
 from luthier.methods.lora import LoRA
 from luthier.models.load import Loaded, load_model, save_whole

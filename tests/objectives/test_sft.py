@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.contracts.objective import Scored
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.objectives.sft import SFT, sft_loss
 from objectives.rig import rows
 

@@ -81,6 +81,22 @@ def test_a_llama_factory_file(tmp_path: Path) -> None:
     assert any("`cutoff_len: 512` is read as `data.max_tokens: 512`" in note and ":9:1" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("line", "path", "value"),
+    [
+        ("fp16: true", "engine.precision", "fp16"), ("fp16: false", "engine.precision", "auto"),
+        ("bf16: false\nfp16: true", "engine.precision", "fp16"),
+        ("bf16: true\nfp16: false", "engine.precision", "bf16"),
+        ("engine: {precision: half}", "engine.precision", "fp16"),
+        ("pure_bf16: true", "engine.trained_dtype", "bfloat16"),
+        ("engine: {trained_dtype: bf16}", "engine.trained_dtype", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_number_formats_by_their_other_names(tmp_path: Path, line: str, path: str, value: str) -> None:
+    fields, _ = got(tmp_path, f"model: m\ndata: x\n{line}\n")
+    assert fields[path] == value
+
+
 def test_an_axolotl_file(tmp_path: Path) -> None:
     fields, _ = got(tmp_path, AXOLOTL)
     assert {
@@ -147,7 +163,6 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("per_device_train_batch_size: 2\ntrain: {rows_per_step: 2}\n", ["twice", "rows_per_step"]),
         ("warmup_steps: 10\n", ["train.warmup_ratio"]),
         ("trust_remote_code: true\n", ["never run"]),
-        ("fp16: true\n", ["bf16", ":3:1"]),
         ("cutoff_len: long\n", ["`data.max_tokens` takes a whole number", ":3:13"]),
         ("method: qlora\nload_in_8bit: true\n", ["qlora means"]),
         ("rl: ipo\n", ["loss_type: ipo", ":3:1"]),
@@ -157,7 +172,7 @@ def test_qlora_is_lora_on_nf4(tmp_path: Path) -> None:
         ("objective: simpo\nsimpo_gamma: 0.5\n", ["unknown field `objective.simpo_gamma`", "did you mean `gamma`?"]),
         ("objective: dpo\nref_model: other\n", ["the base that the run starts from"]),
         ("wat: 1\n", ["unknown field `wat`"]),
-        ("optim: sgd9\n", ["`train.optimizer` takes adamw", "sgd9"]),
+        ("optim: sgd9\n", ["`train.optimizer` takes adafactor | adamw", "saw sgd9", "did you mean `sgd`?"]),
     ],
 )
 def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -166,6 +181,15 @@ def test_conflicts_and_refusals(tmp_path: Path, text: str, words: list[str]) -> 
     line = caught.value.line()
     assert "\n" not in line
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw"), ("lion_32bit", "lion"), ("sgd", "sgd"),
+     ("paged_adamw_8bit", "paged_adamw_8bit"), ("adafactor", "adafactor"), ("adamw_torch_fused", "adamw")],
+)  # fmt: skip
+def test_optimizers_of_peers(tmp_path: Path, theirs: str, ours: str) -> None:
+    assert got(tmp_path, f"model: m\ndata: x\noptim: {theirs}\n")[0]["train.optimizer"] == ours
 
 
 def test_every_target_is_a_field() -> None:

@@ -120,7 +120,7 @@ def test_every_error_at_once_in_the_order_of_the_text(write: Write) -> None:
         ("model: m\ndata: {train: [{path: x, wieght: 2}]}\n", ["`data.train[0].wieght`", "did you mean `weight`?"]),
         (SMALL + "method: {name: null, r: 8}\n", ["`method` needs a name", "lora"]),
         (SMALL + "report_to: [tensorbord]\n", ["did you mean `tensorboard`?"]),
-        (SMALL + "engine: {precision: bf32}\n", ["`engine.precision` takes auto | fp32 | bf16"]),
+        (SMALL + "engine: {precision: bf32}\n", ["`engine.precision` takes auto | fp32 | bf16 | fp16"]),
     ],
 )
 def test_one_bad_thing_one_line(write: Write, text: str, words: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine import rig
 from luthier.contracts.errors import NumericError, RecipeError
 from luthier.contracts.event import Noted, Scoring
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.loop import train
 from luthier.engine.modes import at_rest
 from luthier.methods.full import Full

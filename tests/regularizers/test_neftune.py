@@ -13,7 +13,7 @@ from luthier.contracts.batch import Forest
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.record import Piece, Sample, Source
 from luthier.contracts.regularizer import NOISE
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.engine.journal import read
 from luthier.engine.loop import train
 from luthier.engine.modes import at_rest, train_mode

@@ -91,6 +91,7 @@ print(json.dumps({**report.to_json(), "rows": report.rows}))
 """
 
 
+@pytest.mark.nightly  # by day: that every file is in the wheel, and tests/quickstart
 def test_quickstart_in_small(installed: Installed) -> None:
     """Its texts, settings and recipes are in the wheel: every stage runs, on a base of a few thousand parameters."""
     place = installed.elsewhere

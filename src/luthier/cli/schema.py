@@ -47,6 +47,7 @@ def generate() -> dict[str, Any]:
     """The schema from the sources: imports every method, objective and regularizer, and so torch."""
     from luthier.data.detect import known
     from luthier.recipe.recipe import Recipe
+    from luthier.recipe.resolve import names
 
     schema = _untitled(Recipe.model_json_schema())
     properties = schema["properties"]
@@ -54,7 +55,9 @@ def generate() -> dict[str, Any]:
         properties[section] = {"description": properties[section]["description"], **_room(room)}
         properties[section]["default"] = {"method": "lora", "objective": "sft"}[section]
     _named_list(properties, "regularizers")
-    _named_list(schema["$defs"]["DataSection"]["properties"], "steps")
+    steps = schema["$defs"]["DataSection"]["properties"]
+    _named_list(steps, "steps")
+    steps["mix"] = _short_step("mix", steps["steps"])
     for section in ("model", "data"):  # `model: path`, `data: file`
         properties[section] = {"description": properties[section]["description"],
                                "anyOf": [_SHORT, {"$ref": properties[section]["$ref"]}]}  # fmt: skip
@@ -72,6 +75,9 @@ def generate() -> dict[str, Any]:
         "anyOf": [{"enum": shapes, "type": "string"}, {"type": "null"}],
     }
     evaluate["on"] = {**evaluate["on"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
+    train = schema["$defs"]["TrainSection"]["properties"]
+    rule = {key: value for key, value in train["optimizer"].items() if key != "minLength"}
+    train["optimizer"] = {**rule, "enum": names("optimizers")}
     stage = schema["$defs"]["StageSection"]["properties"]
     stage["data"] = {**stage["data"], "anyOf": [_SHORT, source, files, {"type": "null"}]}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Luthier recipe"}
@@ -86,6 +92,16 @@ def _named_list(properties: dict[str, Any], room: str) -> None:
         "description": properties[room]["description"], "default": [],
         "anyOf": [*names, {"type": "array", "items": items}],
     }  # fmt: skip
+
+
+def _short_step(name: str, steps: dict[str, Any]) -> dict[str, Any]:
+    """`data.mix: {…}`: the fields of the step, whose name is said by the place."""
+    listed = next(branch["items"] for branch in steps["anyOf"] if "items" in branch)
+    branch = next(one for one in listed["oneOf"] if one.get("title") == name)
+    fields = {key: field for key, field in branch["properties"].items() if key != "name"}
+    required = [key for key in branch["required"] if key != "name"]
+    return {**branch, "description": f"The last of data.steps: {branch['description']}", "properties": fields,
+            "required": required}  # fmt: skip
 
 
 def _room(room: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Method:
     default_learning_rate: ClassVar[float] = 2e-4
     starts_elsewhere: ClassVar[str] = ""  # why the model does not start as the base, where it does not
     config_keys: ClassVar[Mapping[str, Any]] = {}  # keys of its files beyond artifact/adapter_config.py: (check, words)
+    projects: ClassVar[bool] = False  # its groups carry a `projection`, which not every optimizer steps
     looks_at_rows: ClassVar[bool] = False  # `look` wants passes over the first rows before the first step
     virtual_tokens: int = 0  # prompt methods: tokens that the packer reserves per root
     first_position: int = 0  # of a row's first real token: the positions before it belong to virtual tokens

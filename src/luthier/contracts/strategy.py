@@ -21,6 +21,8 @@ LossOf = Callable[[Batch], Loss]
 class Strategy(Protocol):
     """Places the model, runs microbatches forward and backward, clips and steps; sums over its ranks."""
 
+    loss_scale: float  # of the step to come: losses and penalties are multiplied by it, `clip` takes it off again
+
     @property
     def half_done(self) -> str:
         """What a step that the guard refused has changed all the same; empty where that is nothing."""
@@ -43,13 +45,13 @@ class Strategy(Protocol):
     def forward_backward(
         self, microbatches: Sequence[Batch], loss: LossOf, divisor: float
     ) -> tuple[float, dict[str, tuple[float, float]]]:
-        """Backward of total/divisor for each microbatch; returns (summed total / divisor, summed metrics)."""
+        """Backward of total/divisor for each microbatch; returns (summed total / divisor, summed metrics), unscaled."""
         ...
 
     def backward(self, penalty: Tensor | float) -> float: ...
 
     def clip(self, max_norm: float) -> float:
-        """Global L2 norm of the gradients before clipping."""
+        """Global L2 norm of the gradients before clipping, the loss scale taken off; once a step."""
         ...
 
     def step(self) -> None: ...

@@ -73,6 +73,7 @@ class Encoder:
         if template is not None:
             check_atomic(template, tokenizer)
             self._masker = Masker(template, tokenizer, self.policy, stop_ids)
+            self.template = self._masker.template
         self.vocabulary = self._masker.vocabulary if self._masker else Vocabulary(tokenizer)
         self.raw = RawText(tokenizer, self.vocabulary, refuse_controls=self.policy.injection == "error")
         self.escaped = 0  # control strings of content that were neutralised
@@ -105,12 +106,9 @@ class Encoder:
         said = []
         if self.template is not None and self.template.override:
             said.append(f"chat template {self.template.name} was mended ({self.template.override})")
-        if self._masker is not None and self._masker.template is not self.template:
-            shown = ", ".join(f"{name}: {value}" for name, value in self._masker.template.variables.items())
-            said.append(
-                f"data.mask.thinking: keep_all renders the chat template with {shown}; an inference engine of another "
-                "house must be told the same (chat_template_kwargs)"
-            )
+        if self.template is not None and self.template.variables:
+            shown = ", ".join(f"{name}: {value}" for name, value in self.template.variables.items())
+            said.append(f"the chat template has {shown}: so do the rows, inference, and the template that is saved")
         if self.unshown_reasoning:
             said.append(
                 f"the chat template leaves out the reasoning of {self.unshown_reasoning} of {self.reasoned} trained "

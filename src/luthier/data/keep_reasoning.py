@@ -1,17 +1,18 @@
 """`thinking: keep_all`: the template with the variable set by which it keeps the reasoning of earlier answers.
 
 Families that leave reasoning out of history often have a switch for it, each with a name of its own. The first that
-makes a small conversation show all of its reasoning is set for the whole run: rows, and what inference is fed.
+makes a small conversation show all of its reasoning is written into the template: rows, what inference is fed, and
+the file that is saved.
 Where no switch helps, the template stays as it is, and a row that loses reasoning is refused (mask.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from luthier.contracts.errors import DataError
+from luthier.data.fixed_variables import fixed
 from luthier.data.template import Template, in_parts
 
 SWITCHES: tuple[Mapping[str, Any], ...] = (
@@ -28,7 +29,9 @@ def keeping(template: Template) -> Template:
     for switch in SWITCHES:
         if set(switch) & set(template.variables):
             continue  # the recipe has its own word on it
-        tried = replace(template, variables={**template.variables, **switch})
+        if not set(switch) <= template.reads:
+            continue
+        tried = fixed(template, switch)
         if _shown(tried) == len(_THOUGHTS):
             return tried
     return template

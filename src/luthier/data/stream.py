@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Sample
+from luthier.data.collate import collate
 from luthier.data.order import PlanSpec, plan_epoch
-from luthier.data.pack import balance, collate
+from luthier.data.pack import balance
 
 _PLANS_KEPT = 2
 _TOKENS_PER_STEP = 16384

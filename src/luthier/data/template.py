@@ -6,7 +6,8 @@ that prints its body (and brackets it with marks when the caller asks). A templa
 directory, so it is capped: its size, the size of what it renders, `range`, and repetition by `*`.
 `strftime_now` is fixed when the template is made: a run renders one row the same way on every day it takes.
 
-Left out: `documents`, images, and every template variable that is not in `ALLOWED_VARIABLES`.
+Left out: `documents` and images. Values of a template's own variables are written into its text
+(fixed_variables.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
@@ -36,13 +38,6 @@ from luthier.data.sandbox import QuickSandbox
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest known is below 60,000
 LONGEST_RENDER = 1 << 25
 LONGEST_REPEAT = 1 << 20
-ALLOWED_VARIABLES = frozenset(
-    [
-        "enable_thinking", "thinking", "preserve_thinking", "keep_past_thinking", "clear_thinking",
-        "truncate_history_thinking", "add_vision_id", "reasoning_effort", "date_string", "builtin_tools",
-        "custom_tools", "tools_in_user_message", "model_identity", "xml_tools", "python_tools", "thinking_budget",
-    ]
-)  # fmt: skip
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _REASONING = frozenset(REASONING_FIELDS)
 _MARKS = "luthier_marks"  # render variable: (opening, closing) around each generation block
@@ -58,7 +53,7 @@ class Template:
     """A compiled chat template. `special` are the tokenizer's strings: bos_token, eos_token, ...
 
     `tool_use` is the second text of a tokenizer that names two (`default` and `tool_use`): it renders the rows
-    that have tools. `variables` are passed to every render (see ALLOWED_VARIABLES).
+    that have tools. `variables` are those that fixed_variables.py wrote into the text.
     """
 
     text: str
@@ -70,12 +65,6 @@ class Template:
     override: str = ""  # what overrides.py changed in the text, and why
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.variables) - ALLOWED_VARIABLES)
-        if unknown:
-            raise DataError(
-                "unknown template variable", where=self.name, value=unknown,
-                remedy="known: " + ", ".join(sorted(ALLOWED_VARIABLES)),
-            )  # fmt: skip
         compiled = [_compile(text, self.name, self.now) for text in (self.text, self.tool_use) if text is not None]
         object.__setattr__(self, "_compiled", compiled)
 
@@ -104,7 +93,7 @@ class Template:
         """The text. `marks` are put around what generation blocks print. Raises DataError with the template's name."""
         compiled = getattr(self, "_compiled")  # noqa: B009 - set in __post_init__ of a frozen dataclass
         which = compiled[-1] if tools else compiled[0]
-        shown = {**self.special, **self.variables, **variables}
+        shown = {**self.special, **variables}
         if marks is not None:
             shown[_MARKS] = marks
         parts: list[str] = []
@@ -127,6 +116,12 @@ class Template:
         except Exception as error:  # noqa: BLE001 - a template is foreign code: whatever it raises is its answer
             self._fail("fails on this conversation", f"{type(error).__name__}: {error}")
         return "".join(parts)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names that the template looks up in what a render is given."""
+        trees = [_environment(self.now).parse(text) for text in self.texts]
+        return frozenset().union(*(jinja2.meta.find_undeclared_variables(tree) for tree in trees))
 
     def control_strings(self) -> tuple[str, ...]:
         """Strings of the template that look like special tokens, sorted: read from its text and from probe renders.

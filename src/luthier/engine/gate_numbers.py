@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.record import Piece, Sample
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.data.stream import Stream
 from luthier.engine.gate_spec import Check, GateSpec, sources_of
 from luthier.engine.strategy.single import Single

@@ -3,7 +3,8 @@
     weight of the step -> forward and backward of its microbatches -> penalty -> norm -> guard -> optimizer
 
 The weight is known before the first forward, so a split into microbatches cannot change the result. Nothing
-touches the weights before the guard has seen loss and gradient norm. Evaluation and saving happen between
+touches the weights before the guard has seen loss and gradient norm. In fp16 a step whose gradients overflow is done
+again at a smaller loss scale (engine/scaler.py). Evaluation and saving happen between
 steps, at the loop's head, so a resumed run finds them done or not done by its state alone. Every event is in
 the journal before a reader sees it.
 """
@@ -74,6 +75,7 @@ def _step(work: Work) -> Iterator[Event]:
     learning_rate = work.enter(number)
     while True:
         seed_step(run.train.seed, number)
+        strategy.loss_scale = scale = state.loss_scale
         microbatches = work.microbatches(number)
         weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
         run.method.begin_step(work.model, microbatches)
@@ -85,13 +87,16 @@ def _step(work: Work) -> Iterator[Event]:
                 return work.scorer.loss(batch, stats)
 
             loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
-            break
         except Exception as error:  # noqa: BLE001 (smaller microbatches if memory ran out, else it goes on up)
             note = work.smaller_microbatches(error, microbatches)
-        give_back(run.device)
-        yield Noted("warning", note)
-    penalty = strategy.backward(work.penalty())
-    norm = strategy.clip(run.train.max_grad_norm)
+            give_back(run.device)
+            yield Noted("warning", note)
+            continue
+        penalty = strategy.backward(work.penalty())
+        norm = strategy.clip(run.train.max_grad_norm)
+        if not (again := work.rescale(loss + penalty, norm)):
+            break
+        yield Noted("info", f"step {number}: {again}")
     state.step = number
     if reason := work.guard.objection(loss + penalty, norm):
         strategy.zero()
@@ -107,6 +112,8 @@ def _step(work: Work) -> Iterator[Event]:
     told = means(metrics)
     if isinstance(penalty, Tensor) or penalty:
         told["penalty"] = float(penalty)
+    if run.precision.scales_loss:
+        told["loss_scale"] = scale
     yield StepDone(
         step=number, loss=loss, grad_norm=norm, learning_rate=learning_rate, tokens=tokens, scored_tokens=scored,
         seconds=time.perf_counter() - started, bytes=held_bytes(run.device),

@@ -22,7 +22,7 @@ from torch import Tensor
 from luthier.contracts.event import Event, Noted, Scoring
 from luthier.contracts.record import Sample
 from luthier.contracts.regularizer import Regularizer
-from luthier.data.pack import collate
+from luthier.data.collate import collate
 from luthier.disk.durable import sha256, write_json
 from luthier.engine.cached import samples_digest
 from luthier.engine.modes import at_rest

@@ -1,13 +1,11 @@
-"""AdamW over a method's groups, and its state as plain tensors and plain numbers.
+"""The optimizer over a method's groups, and its state as plain tensors and plain numbers.
 
-    m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  p <- p (1 - lr wd) - lr mhat / (sqrt(vhat) + eps)
-
-A method's groups carry the names of their parameters, so state is saved and restored by name; `lr_scale`
-multiplies the group's rate (LoRA+), `lr` is a peak rate of its own under the same schedule. Tensors of one dimension
-get no weight decay unless a group says so. Groups with a `projection` keep their moments in a subspace
-(engine/projected.py), the others beside them do not.
-torch's fused kernel runs where all parameters are floating point on a CPU or a CUDA device. Inverses side by
-side: `state_tensors` / `load_state`. Left out: every other optimizer, which is refused by name.
+`train.optimizer` names a file of engine/optimizers; the formula is told there. A method's groups carry the names of
+their parameters, so state is saved and restored by name; `lr_scale` multiplies the group's rate (LoRA+), `lr` is a peak
+rate of its own under the same schedule. Tensors of one dimension get no weight decay unless a group says so. Where
+averages are kept in 8 bits, embeddings and the head are a group of their own, because they keep 32. Groups with a
+`projection` keep their averages in a subspace (engine/projected.py), the others beside them do not.
+Inverses side by side: `state_tensors` / `load_state`.
 """
 
 from __future__ import annotations
@@ -20,43 +18,67 @@ from torch import Tensor, nn
 
 from luthier.contracts.errors import CheckpointError, RecipeError
 from luthier.contracts.method import Method, trains
-from luthier.engine.projected import ProjectedAdamW
-from luthier.models.projection import Projection
+from luthier.engine.averages import Slot
+from luthier.engine.stepping import Stepping, name_of
+from luthier.models.shapes import table_parameters
+from luthier.recipe import resolve
 
-OPTIMIZERS = ("adamw",)
 _EPS = 1e-8
 _PLAIN = ("lr", "lr_scale", "betas", "eps", "weight_decay")
+_OF_ONE = ("betas", "eps", "weight_decay", "projection", "seed", "table", "lr_scale")
 
 
-def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """`spec` is the recipe's train section: optimizer, weight_decay, adam_betas."""
-    if spec.optimizer not in OPTIMIZERS:
-        raise RecipeError(
-            "unknown optimizer", where="train.optimizer", value=spec.optimizer,
-            remedy=f"what exists: {', '.join(OPTIMIZERS)}",
-        )  # fmt: skip
+def kind_of(name: str) -> type[Stepping]:
+    """The class behind `train.optimizer`; RecipeError for a name that nothing is behind."""
+    kind: type[Stepping] = resolve.load("optimizers", name)
+    return kind
+
+
+def optimizer_notes(method: type[Method], train: Any, device: torch.device) -> list[str]:
+    """What a person should know of this choice; RecipeError or ResourceError where it cannot be."""
+    kind = kind_of(train.optimizer)
+    kind.check(device)
+    check_together(method, train.optimizer)
+    return kind.advice(train, device)
+
+
+def check_together(method: type[Method], name: str) -> None:
+    """RecipeError where the optimizer cannot step what the method gives it."""
+    if method.projects and not kind_of(name).projects:
+        _refuse_projection(name)
+
+
+def build_optimizer(method: Method, model: nn.Module, spec: Any, learning_rate: float) -> Stepping:
+    """`spec` is the recipe's train section: optimizer, weight_decay, adam_betas, seed."""
+    kind = kind_of(spec.optimizer)
     groups = []
     for group in method.groups(model):
         scale = float(group["lr"]) / learning_rate if "lr" in group else float(group.get("lr_scale", 1.0))
         decay = float(group.get("weight_decay", spec.weight_decay))
         made = {"params": list(group["params"]), "names": list(group["names"]), "lr_scale": scale,
                 "lr": learning_rate * scale, "weight_decay": decay}  # fmt: skip
-        groups.append(made | ({"projection": dict(group["projection"])} if group.get("projection") else {}))
+        if projection := group.get("projection"):
+            if not kind.projects:
+                _refuse_projection(spec.optimizer)
+            made["projection"] = dict(projection)
+        groups.append(made)
     _check(groups, model)
-    kind = ProjectedAdamW if any("projection" in group for group in groups) else torch.optim.AdamW
+    if kind.eight_bits:
+        groups = [part for group in groups for part in _tables_apart(group, table_parameters(model))]
     return kind(
-        groups, lr=learning_rate, betas=tuple(spec.adam_betas), eps=_EPS, weight_decay=spec.weight_decay,
-        fused=_can_fuse(groups),
+        groups, lr=learning_rate, betas=kind.betas(tuple(spec.adam_betas)), eps=_EPS, weight_decay=spec.weight_decay,
+        fused=_can_fuse(groups), seed=getattr(spec, "seed", 0),
     )  # fmt: skip
 
 
-def of_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> torch.optim.Optimizer:
+def of_one(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Stepping:
     """An optimizer of the same kind for a single parameter of a group, with the very state of the large one."""
-    settings: dict[str, Any] = {
-        key: group[key] for key in ("betas", "eps", "weight_decay", "fused", "projection") if key in group
-    }
-    kind: Any = type(optimizer)
-    one: torch.optim.Optimizer = kind([settings | {"params": [parameter]}], lr=group["lr"])
+    if not isinstance(optimizer, Stepping):
+        raise TypeError(f"{type(optimizer).__name__} is not one of engine/optimizers")
+    settings = {key: group[key] for key in _OF_ONE if key in group}
+    fused = group["fused"] and optimizer.is_torchs(group, parameter)
+    made = settings | {"params": [parameter], "names": [name_of(group, parameter)], "fused": fused}
+    one = type(optimizer)([made], lr=group["lr"])
     one.state = optimizer.state
     return one
 
@@ -79,40 +101,73 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], 
     return tensors, groups
 
 
-def load_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def load_state(optimizer: Stepping, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
     """Inverse of `state_tensors`: every tensor finds its parameter by name, or CheckpointError."""
     here = [list(group["names"]) for group in optimizer.param_groups]
     if (there := [list(group["names"]) for group in groups]) != here:
         differ = sorted({name for g in here for name in g} ^ {name for g in there for name in g})[:5]
         raise CheckpointError("the optimizer's groups differ from the checkpoint's", value=differ or "other order")
-    left = dict(tensors)
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, slot = key.partition("::")
+        by_name.setdefault(name, {})[slot] = tensor
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            slots = {key.split("::", 1)[1]: key for key in tensors if key.split("::", 1)[0] == name}
-            if slots:
-                shapes = _shapes(group, parameter)
-                optimizer.state[parameter] = {
-                    slot: _placed(left.pop(key), parameter, shapes.get(slot)) for slot, key in slots.items()
-                }
+            if slots := by_name.pop(name, None):
+                optimizer.state[parameter] = _taken_up(optimizer, group, parameter, slots)
             else:
                 optimizer.state.pop(parameter, None)
-    if left:
-        raise CheckpointError("optimizer tensors without a parameter", value=sorted(left)[:5])
+    if by_name:
+        raise CheckpointError("optimizer tensors without a parameter", value=sorted(by_name)[:5])
 
 
-def _shapes(group: dict[str, Any], parameter: nn.Parameter) -> Mapping[str, tuple[int, ...]]:
-    """Slot -> shape of the state of one parameter."""
-    if group.get("projection"):
-        return Projection(**group["projection"]).slots(parameter.shape)
-    return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))
+def state_bytes(optimizer: Stepping) -> int:
+    """Of the whole state, made or not yet."""
+    found = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = [*optimizer.keeps(group, parameter).values(), Slot((), torch.float32)]
+            found += sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in slots)
+    return found
 
 
-def _placed(value: Tensor, parameter: nn.Parameter, shape: tuple[int, ...] | None) -> Tensor:
-    if value.ndim and value.shape != shape:
-        raise CheckpointError(
-            f"optimizer state of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
-        )
-    return value.to(parameter.device, copy=True)
+def _taken_up(
+    optimizer: Stepping, group: dict[str, Any], parameter: nn.Parameter, saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """State of one parameter, where this optimizer keeps it."""
+    wanted = optimizer.keeps(group, parameter)
+    if set(saved) != {"step", *wanted}:
+        raise CheckpointError("the checkpoint is another optimizer's", where=name_of(group, parameter),
+                              value=sorted(saved), remedy="give it the train.optimizer it was made with")  # fmt: skip
+    made = {"step": optimizer.counter(group, parameter).copy_(saved["step"])}
+    for slot, kept in wanted.items():
+        tensor = saved[slot]
+        if tuple(tensor.shape) != tuple(kept.shape) or tensor.dtype != kept.dtype:
+            raise CheckpointError(
+                f"optimizer state of shape {tuple(tensor.shape)} for a parameter of {tuple(parameter.shape)}",
+                where=name_of(group, parameter), value=f"{tensor.dtype} for {kept.dtype}",
+            )  # fmt: skip
+        made[slot] = optimizer.room(parameter, kept).copy_(tensor)
+    return made
+
+
+def _refuse_projection(name: str) -> None:
+    exist = [other for other in resolve.names("optimizers") if kind_of(other).projects]
+    raise RecipeError(
+        "the method projects its gradients, which this optimizer does not know", where="train.optimizer", value=name,
+        remedy=f"use {' or '.join(exist[:2])}, or another method",
+    )  # fmt: skip
+
+
+def _tables_apart(group: dict[str, Any], tables: frozenset[int]) -> list[dict[str, Any]]:
+    """The group without embeddings and head, and these."""
+    found = []
+    for table in (False, True):
+        pairs = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if (id(p) in tables) is table]
+        if pairs:
+            names, parameters = zip(*pairs, strict=True)
+            found.append({**group, "names": list(names), "params": list(parameters), "table": table})
+    return found
 
 
 def _check(groups: list[dict[str, Any]], model: nn.Module) -> None:
@@ -129,7 +184,7 @@ def _check(groups: list[dict[str, Any]], model: nn.Module) -> None:
 def _can_fuse(groups: list[dict[str, Any]]) -> bool:
     parameters = [parameter for group in groups for parameter in group["params"]]
     devices = {parameter.device.type for parameter in parameters}
-    return devices in ({"cpu"}, {"cuda"}) and all(p.dtype == torch.float32 for p in parameters)
+    return devices in ({"cpu"}, {"cuda"}) and all(p.dtype in (torch.float32, torch.bfloat16) for p in parameters)
 
 
 def _json(value: Any) -> Any:

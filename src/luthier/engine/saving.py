@@ -16,10 +16,9 @@ import torch
 
 from luthier.contracts.errors import CheckpointError, NumericError, ResourceError
 from luthier.contracts.event import Event, Noted, Saved
-from luthier.contracts.method import trains
 from luthier.disk.durable import DISK_FULL
 from luthier.engine import checkpoint
-from luthier.engine.optimizer import load_state, state_tensors
+from luthier.engine.optimizer import load_state, state_bytes, state_tensors
 from luthier.engine.state import TrainState, load_random_state, load_trained, random_state, trained_tensors
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def check_disk(work: Work) -> None:
     """Room for all the checkpoints that will lie there at once, before step 1."""
     tensors = trained_tensors(work.model)
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
-    moments = sum(2 * 4 * p.numel() for p in work.model.parameters() if trains(p))
+    moments = state_bytes(work.optimizer)
     count = work.run.train.keep + 1 + (1 if work.keeps_best() else 0)
     needed, free = (weights + moments) * count, shutil.disk_usage(work.run.directory).free
     if free < needed:

@@ -35,6 +35,8 @@ class TrainState:
     threads: int = 0
     tokens: int = 0
     scored_tokens: int = 0
+    loss_scale: float = 1.0  # of the next step (engine/scaler.py); 1 where nothing is scaled
+    good_steps: int = 0  # since it last changed
 
     def record(self) -> dict[str, Any]:
         return asdict(self)

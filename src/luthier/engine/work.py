@@ -27,6 +27,7 @@ from luthier.engine.memory import checkpoint_activations, is_out_of_memory
 from luthier.engine.modes import train_mode
 from luthier.engine.optimizer import build_optimizer, set_learning_rate
 from luthier.engine.resume import agree, find
+from luthier.engine.scaler import START, Scale, Scaler
 from luthier.engine.scoring import Scorer
 from luthier.engine.signals import Signals
 from luthier.engine.state import TrainState, load_trained
@@ -47,7 +48,9 @@ class Work:
         self.course = course_of(run.train, run.stream, default_rate)
         self.steps = self.course.steps
         self.save_every = run.train.save_every or max(1, math.ceil(self.steps / _SAVES_PER_RUN))
+        self.scaler = Scaler() if run.precision.scales_loss else None
         self.state = TrainState(microbatch_tokens=run.stream.spec.microbatch_tokens)
+        self.state.loss_scale = START if self.scaler else 1.0
         self.stream = run.stream
         self.scorer = Scorer(run.trunk, run.objective, run.device, run.precision, run.reference)
         self.strategy = strategy_of(run)
@@ -101,6 +104,7 @@ class Work:
             **self.run.identity, "steps": self.steps, "stream.seed": stream.seed, "stream.window": stream.window,
             "stream.tokens_per_step": stream.tokens_per_step, "stream.rows_per_step": stream.rows_per_step,
             "stream.rows": len(self.run.stream.samples), "engine.precision": self.run.precision.name,
+            "engine.trained_dtype": str(self.run.precision.trained).removeprefix("torch."),
         }  # fmt: skip
 
     def _started(self) -> RunStarted:
@@ -229,6 +233,18 @@ class Work:
             yield from saving.save(self, must=True)
 
     # ---------------------------------------------------------------- trouble
+
+    def rescale(self, loss: float, grad_norm: float) -> str:
+        """The loss scale after an attempt at a step; why the step must be tried again with it, or nothing."""
+        if self.scaler is None:
+            return ""
+        state, before = self.state, Scale(self.state.loss_scale, self.state.good_steps)
+        after = self.scaler.after(before, finite=math.isfinite(grad_norm))
+        state.loss_scale, state.good_steps = after
+        if not self.scaler.retries(before, loss, grad_norm):
+            return ""
+        self.strategy.zero()
+        return f"gradients overflow float16 at a loss scale of {before.factor:g}: the step again at {after.factor:g}"
 
     def after_skip(self) -> Iterator[Event]:
         """Too many skipped steps: once back to the last checkpoint and past the data since; then give up."""

@@ -11,8 +11,10 @@ Memory for m <= n: weights mn + gradient mn + subspace mR + moments 2 nR, where 
 4096 matrix keeps 1.6 million numbers instead of 33.6 million. Gradients are still whole unless
 `train.optimizer_in_backward` frees each one at once, which goes together. Time: an SVD of each matrix every T steps.
 Use it where full fine-tuning fits but for its moments. The update is `scale` times AdamW's at most, so the learning
-rate wants to be higher. The result is a whole model: nothing to merge, a reference is a copy. Needs unquantised
-weights. Left out: 8-bit moments, experts kept as one 3-D parameter (they take plain AdamW).
+rate wants to be higher. With `train.optimizer: adamw_8bit` the moments in the subspace take one byte a number in place
+of four where they have 4,096 or more, and the other weights are stepped as that name says. The result is a whole
+model: nothing to merge, a reference is a copy. Needs unquantised weights. Left out: optimizers that are not AdamW,
+experts kept as one 3-D parameter (they take plain AdamW).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class GaLore(Full):
 
     paper: ClassVar[str] = "arXiv:2403.03507"
     default_learning_rate: ClassVar[float] = 1e-4
+    projects: ClassVar[bool] = True
 
     rank: Annotated[int, Field(ge=1)] = _doc(128, "of the subspace: a quarter of the width, or 128 to 1024")
     update_proj_gap: Annotated[int, Field(ge=1)] = _doc(

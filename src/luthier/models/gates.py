@@ -10,7 +10,7 @@ the up product onto y in one matrix call; `gated_low_rank_plain` is its twin, th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ _STD = 0.02
 
 class Gate(nn.Module):
     """One number in (0, 1) per row: weight (1, D), bias (1)."""
+
+    float32_only: ClassVar[bool] = True
 
     def __init__(self, width: int, like: Tensor) -> None:
         super().__init__()

@@ -83,12 +83,14 @@ class GradientRoom:
 
     def takes(self, weight: Tensor, *made_of: Tensor) -> bool:
         """Whether a product of these is this weight's gradient as it is, without casts."""
-        return self._open and weight.requires_grad and weight.is_leaf and all(x.dtype == weight.dtype for x in made_of)
+        whole = not made_of or _gradient_dtype(weight) == weight.dtype
+        alike = whole and all(x.dtype == weight.dtype for x in made_of)
+        return self._open and weight.requires_grad and weight.is_leaf and alike
 
     def begin(self, weight: Tensor) -> tuple[Tensor, bool]:
         """(its gradient, whether what lies there is of this step and is to be added to)."""
         if weight.grad is None:
-            weight.grad = torch.empty_like(weight)
+            weight.grad = torch.empty_like(weight, dtype=_gradient_dtype(weight))
             return weight.grad, False
         begun = id(weight) not in self._old
         self._old.discard(id(weight))
@@ -102,7 +104,7 @@ class GradientRoom:
     def add_rows(self, weight: Tensor, ids: Tensor, rows: Tensor) -> None:
         """weight.grad[ids] += rows."""
         grad, begun = self.begin(weight)
-        (grad if begun else grad.zero_()).index_add_(0, ids, rows)
+        (grad if begun else grad.zero_()).index_add_(0, ids, rows.to(grad.dtype))
 
     def before_scale(self, weight: Tensor) -> Tensor:
         """Where to write a gradient whose factor is known later (`scale`): memory that is kept from call to call, or
@@ -123,6 +125,11 @@ class GradientRoom:
                 weight.grad.zero_()
 
         return before_autograd_adds
+
+
+def _gradient_dtype(weight: Tensor) -> torch.dtype:
+    """float32 for weights in bfloat16 that train (engine/precision.py)."""
+    return getattr(weight, "grad_dtype", None) or weight.dtype
 
 
 def _hook(weight: nn.Parameter, guard: Any) -> Any:
@@ -205,15 +212,15 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, room: GradientRoom) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.save_for_backward(ids)
         ctx.owner, ctx.room, ctx.padding = weight, room, padding
         return functional.embedding(ids, weight, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weight = ctx.saved_tensors
-        ids_T, dy_TD = ids.reshape(-1), dy.reshape(-1, dy.shape[-1]).to(weight.dtype)
+        (ids,) = ctx.saved_tensors
+        ids_T, dy_TD = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
         if ctx.padding is not None:
             dy_TD = dy_TD.masked_fill((ids_T == ctx.padding)[:, None], 0)
         ctx.room.add_rows(ctx.owner, ids_T, dy_TD)

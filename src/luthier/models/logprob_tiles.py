@@ -77,7 +77,7 @@ class Head:
     head_map: HeadMap
     tile: Tile
     compute: torch.dtype | None = None
-    _wide: tuple[int, Tensor] | None = None  # the tile that was widened last: where it begins, and its numbers
+    _tile: tuple[int, Tensor] | None = None  # the tile that was widened last: where it begins, and its numbers
 
     def __post_init__(self) -> None:
         self.compute = self.compute or self.weight_VD.dtype
@@ -90,18 +90,19 @@ class Head:
         """W[part] in the dtype that computes; good until the next tile is asked for."""
         if self.weight_VD.dtype == self.compute:
             return self.weight_VD[part]
-        if self._wide is None or self._wide[0] != part.start:
-            self._wide = part.start, self.weight_VD[part].to(self.compute)
-        return self._wide[1]
+        if self._tile is None or self._tile[0] != part.start:
+            self._tile = part.start, self.weight_VD[part].to(self.compute)
+        return self._tile[1]
 
     def logits(self, hidden: Tensor, part: slice, out: Tensor) -> Tensor:
         """Mapped float32 logits of some columns, made in `out` (flat, float32)."""
         shape = len(hidden), part.stop - part.start
         made = out[: shape[0] * shape[1]].view(shape)
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, self.rows(part).t(), out=made)
+        weight = _wide(self.rows(part))
+        if weight.dtype == torch.float32:
+            torch.mm(hidden.float(), weight.t(), out=made)
         else:
-            made.copy_(hidden @ self.rows(part).t())
+            made.copy_(hidden @ weight.t())
         if self.bias_V is not None:
             made += self.bias_V[part]
         return self.head_map.apply_(made)
@@ -121,13 +122,19 @@ class Head:
 
     def add_product(self, into: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
         """into (float32) += left @ right in the dtype that computes, or = where `fresh`."""
-        left, right = left.to(self.compute), right.to(self.compute)
+        right = _wide(right.to(self.compute))
+        left = left.to(right.dtype)
         if into.dtype == left.dtype:
             torch.mm(left, right, out=into) if fresh else into.addmm_(left, right)
         elif fresh:
             into.copy_(left @ right)
         else:
             into += left @ right
+
+
+def _wide(tile: Tensor) -> Tensor:
+    """float16 ends at 65504 and 6e-8: a softmax over many tokens goes below, its sums beyond. A tile is small."""
+    return tile.float() if tile.dtype == torch.float16 and tile.device.type == "cpu" else tile
 
 
 class Running:

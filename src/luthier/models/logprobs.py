@@ -144,7 +144,8 @@ class _TokenLogprobs(torch.autograd.Function):
         mode = ctx.spec.mode
         if mode == "jacobian":
             (jacobian_ND,) = ctx.saved_tensors
-            return jacobian_ND * grad_N[:, None].to(jacobian_ND.dtype), None, None, None, None, None
+            pulled_ND = torch.mul(jacobian_ND, grad_N[:, None], out=torch.empty_like(jacobian_ND))  # rounded once
+            return pulled_ND, None, None, None, None, None
         if mode == "linear":
             coefficients_N, weight_VD = ctx.saved_tensors
             if ctx.made is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class Intervention(nn.Module):
     """R, W, b of one edit. `kind` is the variant's name."""
 
     W: nn.Parameter | None
+    float32_only: ClassVar[bool] = True  # rows in bfloat16 are not orthonormal
 
     def __init__(self, kind: str, rank: int, width: int, place: torch.device) -> None:
         """Fresh parameters, drawn by torch's CPU generator: R orthonormal, or W and a free R as nn.Linear draws."""

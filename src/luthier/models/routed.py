@@ -14,14 +14,15 @@ counts each microbatch once, recomputed activations or not, and nothing in evalu
 With f of this step the gradient of the first microbatch would need the last one's counts. With f' every term is a sum
 over tokens with a divisor known beforehand, so the split into microbatches, packing and shared prompts (a token
 counts once for each path through it, w_t) cannot change the result; f' starts even, where the term pulls nowhere. The
-loss as reported is the exact one of the step. Buffered counts are usual where steps are accumulated (arXiv:2501.11873).
+loss as reported is the exact one of the step, and the gradient carries fp16's loss scale (models/loss_scale.py).
+Buffered counts are usual where steps are accumulated (arXiv:2501.11873).
 Left out: linears that see a part of the tokens (experts in a list), which the method refuses.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from torch.nn import functional
 from luthier.contracts.errors import ModelError
 from luthier.models.attention import forest_now
 from luthier.models.expert_mixture import balance_gradient, balance_loss, mix_experts, route, routed
+from luthier.models.loss_scale import loss_scale
 from luthier.models.sites import Site, features
 
 _DEVIATION = 0.02  # of a fresh router
@@ -39,6 +41,7 @@ _DEVIATION = 0.02  # of a fresh router
 class Router(nn.Module):
     """W_r (E, D) and what it gathers: the load of the last step (a persistent buffer), the sums of the open one."""
 
+    float32_only: ClassVar[bool] = True
     load_E: Tensor
     counts_E: Tensor
     probabilities_E: Tensor
@@ -114,7 +117,7 @@ class _Balanced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, router: Router, weights_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(logits_TE)
-        ctx.router, ctx.weights_T = router, weights_T
+        ctx.router, ctx.weights_T, ctx.scale = router, weights_T, loss_scale()
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
@@ -128,7 +131,8 @@ class _Balanced(torch.autograd.Function):
         router.counts_E += found.counts_E
         router.probabilities_E += found.probabilities_E
         router.squares += found.squares
-        balance, z = router.balance_coefficient / router.tokens, router.z_coefficient / router.tokens
+        balance = router.balance_coefficient / router.tokens * ctx.scale
+        z = router.z_coefficient / router.tokens * ctx.scale
         added_TE = balance_gradient(logits_TE, router.load_E, balance, z)
         return dlogits_TE + (added_TE if weights_T is None else added_TE * weights_T[:, None]), None, None
 

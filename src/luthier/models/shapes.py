@@ -87,6 +87,14 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return score_head(model) if asked is None else asked
 
 
+def table_parameters(model: nn.Module) -> frozenset[int]:
+    """Ids of embeddings' and of the head's own parameters, in whose rows single tokens move; adapters on them apart."""
+    head = output_head(model)
+    heads = [] if head is None else [module for module in head.modules() if isinstance(module, nn.Linear)]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return frozenset(id(p) for module in [*tables, *heads] for p in module.parameters(recurse=False))
+
+
 def decoder_layers(model: nn.Module) -> tuple[str | None, list[str]]:
     """(path of the list, paths of its layers): the list as long as the text model is deep, else the longest."""
     config = model.config.get_text_config() if hasattr(model, "config") else None

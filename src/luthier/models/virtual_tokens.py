@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -49,6 +49,8 @@ VIRTUAL_KEYS: dict[str, tuple[Any, str]] = {
 
 class VirtualTokens(nn.Module):
     """The `delta` of a `DecoderSite`."""
+
+    float32_only: ClassVar[bool] = True
 
     def __init__(self, rows_PW: Tensor, network: nn.Module | None = None) -> None:
         super().__init__()

@@ -5,7 +5,7 @@
     AdamW  two float32 averages, 8 bytes; in 8 bits 2 (1 + 4 / 256), tensors below 4,096 elements and embeddings in 32
     GaLore both averages in the subspace and the subspace (models/projection.py counts them)
 
-methods.md A3, D5, E1. A scale's padding and the code books of a few kilobytes are left out.
+methods.md A3, D5, E1. The counters of steps and the code books of a few kilobytes are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from luthier.planner.trained import Tensor
 BLOCK = 64  # weights of NF4 that share a scale
 NESTED = 256  # scales that share one of their own
 SMALL = 4096  # elements below which 8-bit optimizers keep 32 bits
-_EIGHT = 1 + 4 / 256
+BLOCK_8BIT = 256  # numbers of an 8-bit average that share a scale
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}  # numbers that are stepped at once where a rule goes piece by piece
+_BUFFERS = {"adamw_8bit": 7, "paged_adamw_8bit": 7, "lion_8bit": 6, "lion": 2}  # float32 pieces held at once (measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,20 @@ def state_bytes(optimizer: str, tensors: Sequence[Tensor]) -> int:
     return math.ceil(sum(OPTIMIZERS[optimizer](tensor) for tensor in tensors))
 
 
+def workspace_bytes(optimizer: str, largest: int, device: str) -> int:
+    """What a step holds at once besides; `largest`: elements of the largest tensor."""
+    if optimizer == "adafactor":
+        return 4 * largest  # the estimate of a whole matrix
+    return _BUFFERS.get(optimizer, 0) * 4 * min(largest, PIECE[device])
+
+
 def _adamw(tensor: Tensor) -> float:
     return 4.0 * tensor.states
 
 
 def _adamw_8bit(tensor: Tensor) -> float:
-    wide = tensor.embedding or tensor.elements < SMALL
-    return _adamw(tensor) if wide else _EIGHT * tensor.states
+    average = (tensor.states - tensor.subspace) // 2
+    return 4.0 * tensor.subspace + 2 * _one_8bit(average, tensor.embedding)
 
 
 def _lion(tensor: Tensor) -> float:
@@ -75,7 +84,12 @@ def _lion(tensor: Tensor) -> float:
 
 
 def _lion_8bit(tensor: Tensor) -> float:
-    return _lion(tensor) if tensor.embedding or tensor.elements < SMALL else _EIGHT * tensor.elements
+    return _one_8bit(tensor.elements, tensor.embedding)
+
+
+def _one_8bit(elements: int, table: bool) -> float:
+    """One average: a byte for each element and a scale for each block, in 32 bits where it is small or a table's."""
+    return 4.0 * elements if table or elements < SMALL else elements + 4.0 * math.ceil(elements / BLOCK_8BIT)
 
 
 def _adafactor(tensor: Tensor) -> float:

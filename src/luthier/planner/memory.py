@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from luthier.models.adapted_mlp import room_for
 from luthier.planner import activations, head
 from luthier.planner.activations import FLOAT, Numbers
-from luthier.planner.formats import Stored, state_bytes
+from luthier.planner.formats import Stored, state_bytes, workspace_bytes
 from luthier.planner.load import Course, Load
 from luthier.planner.shape import ModelShape
 from luthier.planner.trained import Trained
@@ -39,6 +39,7 @@ class Setting:
     device: str = "cpu"  # cpu or cuda
     stored: Stored = Stored("none")
     compute: int = 4  # bytes of a number in matrix products
+    trained: int = 4  # bytes of a number that trains; its gradient has 4 in any case
     optimizer: str = "adamw"
     recompute_every: int = 0  # 0 keeps all activations, 1 recomputes every layer, n every n-th
     in_backward: bool = False
@@ -95,6 +96,7 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
     always, gradients = _always(shape, trained, setting), trained.elements * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     standing = head.standing(form, setting.head)
+    stepping = workspace_bytes(setting.optimizer, trained.largest, setting.device)
     forward = activations.held_by_forward(kept, form, again)
     moments = {
         "head": always | {"gradients": before + standing, "activations": forward,
@@ -105,7 +107,7 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
         "backward": always | {"gradients": during + standing,
                               "activations": activations.held_in_backward(kept, form, again) - kept.flight,
                               "in flight": kept.flight},
-        "update": _kept_only(always) | {"gradients": whole + standing, "workspace": _update(trained, setting)},
+        "update": _kept_only(always) | {"gradients": whole + standing, "workspace": stepping},
     }  # fmt: skip
     if course.evaluation_tokens:
         rows = course.evaluation_tokens
@@ -118,27 +120,27 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
 
 
 def numbers_of(trained: Trained, setting: Setting) -> Numbers:
-    """The residual stream has the dtype of the embedding: float32 where the base trains."""
-    stream = FLOAT if trained.base_trained or setting.device == "cpu" else setting.stored.dense
+    """The residual stream has the dtype of the embedding: that of what trains where the base does."""
+    stream = setting.trained if trained.base_trained else FLOAT if setting.device == "cpu" else setting.stored.dense
     return Numbers(stream, setting.compute, kernels=setting.device != "cpu" and setting.compute < FLOAT)
 
 
 def _always(shape: ModelShape, trained: Trained, setting: Setting) -> dict[str, int]:
     """What lies there in every moment of a pass."""
     weights = base_bytes(shape, trained, setting)
-    casts = trained.base_trained * setting.compute if setting.compute < FLOAT else 0
+    casts = trained.base_trained * setting.compute if setting.compute < setting.trained else 0
     workspace = 0 if trained.base_trained else setting.stored.workspace(shape.largest_linear, setting.compute)
     return {
-        "weights": weights, "adapter": (trained.elements - trained.base_trained) * FLOAT,
+        "weights": weights, "adapter": (trained.elements - trained.base_trained) * setting.trained,
         "optimizer": state_bytes(setting.optimizer, trained.tensors), "casts": casts, "workspace": workspace,
     }  # fmt: skip
 
 
 def base_bytes(shape: ModelShape, trained: Trained, setting: Setting) -> int:
-    """The base's weights: packed linears and dense rest where it is frozen, float32 where it trains."""
+    """The base's weights: packed linears and dense rest where it is frozen, else as what trains is stored."""
     if trained.base_trained:
         frozen = shape.parameters - trained.base_trained
-        return trained.base_trained * FLOAT + frozen * setting.stored.dense
+        return trained.base_trained * setting.trained + frozen * setting.stored.dense
     return setting.stored.linears(shape.linears, shape.linear_rows) + shape.rest * setting.stored.dense
 
 
@@ -161,11 +163,6 @@ def _gradients(trained: Trained, setting: Setting, course: Course, whole: int) -
         return whole, whole, whole
     room = _in_room(trained, setting, whole)
     return room, room, whole
-
-
-def _update(trained: Trained, setting: Setting) -> int:
-    """8-bit states are widened tensor by tensor."""
-    return 3 * FLOAT * trained.largest if "8bit" in setting.optimizer else 0
 
 
 def with_tokens(course: Course, tokens: int) -> Course:

@@ -20,7 +20,7 @@ from torch import nn
 
 from luthier.contracts.method import Method, trains
 from luthier.models.projection import Projection
-from luthier.models.shapes import Shapes, output_head, shapes_of
+from luthier.models.shapes import Shapes, output_head, shapes_of, table_parameters
 from luthier.models.sites import AdaptedLinear, named_sites, sites
 
 _PLACES = {
@@ -33,12 +33,14 @@ _PLACES = {
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor that trains. `states`: elements that an optimizer with two averages keeps of it."""
+    """A tensor that trains. `states`: elements that an optimizer with two averages keeps of it, `subspace` of them in
+    the basis that its gradient is projected to."""
 
     elements: int
     embedding: bool
     states: int
     shape: tuple[int, ...]
+    subspace: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +76,20 @@ def attach(method: Method, model: nn.Module) -> Trained:
     trained = [p for p in model.parameters() if trains(p)]
     ids = {id(p) for p in trained}
     head = output_head(model)
-    tables = {id(p) for table in (embedding, head) if table is not None for p in table.parameters()}
+    tables = table_parameters(model)
     projections = {
         id(p): group["projection"] for group in method.groups(model) if group.get("projection")
         for p in group["params"]
     }  # fmt: skip
-    tensors = tuple(
-        Tensor(p.numel(), id(p) in tables, _states(p, projections.get(id(p))), tuple(p.shape)) for p in trained
-    )
+    tensors = []
+    for p in trained:
+        states, subspace = _states(p, projections.get(id(p)))
+        tensors.append(Tensor(p.numel(), id(p) in tables, states, tuple(p.shape), subspace))
     of_base = sum(count for key, count in base.items() if key in ids)
     ranks, outputs = _pairs(model, shapes)
     return Trained(
-        tensors=tensors, frozen=sum(p.numel() for p in model.parameters() if id(p) not in ids), base_trained=of_base,
+        tensors=tuple(tensors), frozen=sum(p.numel() for p in model.parameters() if id(p) not in ids),
+        base_trained=of_base,
         saves=_saves(model, shapes), ranks=ranks, outputs=outputs,
         norms_train=any(p.ndim == 1 and id(p) in base for p in trained),
         head_trains=head is not None and any(trains(p) for p in head.parameters()),
@@ -114,11 +118,12 @@ def _scheduled(trained: Sequence[Any]) -> bool:
     return any(not parameter.requires_grad for parameter in trained)
 
 
-def _states(parameter: Any, projection: Any) -> int:
+def _states(parameter: Any, projection: Any) -> tuple[int, int]:
+    """(both averages and the subspace, the subspace)."""
     if not projection:
-        return 2 * parameter.numel()
-    slots = Projection(**projection).slots(parameter.shape)
-    return sum(rows * columns for rows, columns in slots.values())
+        return 2 * parameter.numel(), 0
+    sizes = {name: rows * columns for name, (rows, columns) in Projection(**projection).slots(parameter.shape).items()}
+    return sum(sizes.values()), sizes.get("left", 0) + sizes.get("right", 0)
 
 
 def _pairs(model: nn.Module, shapes: Shapes) -> tuple[int, int]:

@@ -50,12 +50,6 @@ def _files(value: Any) -> Any:
     return value
 
 
-def _no_fp16(value: Any) -> Any:
-    if value in (True, "fp16", "float16"):
-        raise ValueError("fp16 needs loss scaling, which is not here; use engine.precision: bf16 or auto")
-    return "auto" if value is False else value
-
-
 def _no_limit(value: Any) -> Any:
     return None if value == -1 else value
 
@@ -79,8 +73,11 @@ def _pref_loss(value: Any) -> Any:
 
 
 SCHEDULES = _words(constant_with_warmup="constant", warmup_stable_decay="wsd", cosine_with_min_lr="cosine")
-OPTIMIZERS = _words(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw")
-PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", no="fp32")
+OPTIMIZERS = _words(
+    adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", AdamW="adamw", adamw_bnb_8bit="adamw_8bit",
+    paged_adamw_32bit="paged_adamw", lion_32bit="lion",
+)  # fmt: skip
+PRECISIONS = _words(bfloat16="bf16", float32="fp32", fp32="fp32", float16="fp16", half="fp16", no="fp32")
 DTYPES = _words(bf16="bfloat16", fp32="float32", fp16="float16", float="float32", half="float16")
 
 # peer's name -> (our path, how its value reads)
@@ -94,6 +91,7 @@ PEERS: dict[str, tuple[str, Read]] = {
     "quantization_bit": ("model.quantization", _bits),
     "chat_template": ("model.chat_template", mask_aliases.template),
     "chat_template_jinja": ("model.chat_template", _same),
+    "chat_template_kwargs": ("model.template_variables", _same),
     "add_tokens": ("model.add_tokens", _same),
     **dict.fromkeys(("dataset", "datasets", "dataset_path", "train_file", "train_dataset", "data_path"),
                     ("data.train", _files)),
@@ -142,7 +140,8 @@ PEERS: dict[str, tuple[str, Read]] = {
     "save_total_limit": ("train.keep", _same),
     "seed": ("train.seed", _same),
     "bf16": ("engine.precision", _when_true("bf16", "auto")),
-    "fp16": ("engine.precision", _no_fp16),
+    "fp16": ("engine.precision", _when_true("fp16", "auto")),
+    "pure_bf16": ("engine.trained_dtype", _when_true("bfloat16", "auto")),
     "gradient_checkpointing": ("engine.checkpoint_activations", _same),
     "eval_steps": ("evaluate.every", _same),
 }  # fmt: skip
@@ -150,7 +149,7 @@ PEERS: dict[str, tuple[str, Read]] = {
 # values of peers under our own names
 _VALUES: dict[str, Read] = {
     "model.dtype": DTYPES, "train.schedule": SCHEDULES, "train.optimizer": OPTIMIZERS,
-    "engine.precision": PRECISIONS, "data.packing": _when_true("forest", "none"),
+    "engine.precision": PRECISIONS, "engine.trained_dtype": DTYPES, "data.packing": _when_true("forest", "none"),
     "model.chat_template": mask_aliases.template,
 }  # fmt: skip
 
@@ -182,6 +181,8 @@ _DROPPED: dict[str, str] = {
                     "nothing here depends on it"),
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation"), "the forest attention is always used"),
 }  # fmt: skip
+
+_SWITCHES = ("bf16", "fp16", "pure_bf16")  # of peers' files, which list all and switch on one
 
 _PLACES: tuple[Steps, ...] = (
     (), ("model",), ("data",), ("data", "mask"), ("method",), ("objective",), ("train",), ("engine",), ("evaluate",),
@@ -226,6 +227,9 @@ def _one(document: Document, steps: Steps, notes: list[str], errors: list[Luthie
         notes.append(f"{where}: `{key}` is left out: {_DROPPED[key]}")
     elif key in mask_aliases.SETTLED and place in ((), ("data",), ("data", "mask")):
         _settled(document, place, key, where, notes, errors)
+    elif key in _SWITCHES and look(document.data, steps) is False and place in ((), ("train",), ("engine",)):
+        del look(document.data, place)[key]
+        notes.append(f"{where}: `{key}: false` is left out: it asks for nothing")
     elif key in PEERS:
         target: Steps = tuple(PEERS[key][0].split("."))
         if target[0] in _NAMED_LISTS:

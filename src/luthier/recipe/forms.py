@@ -147,8 +147,10 @@ def _named_list(document: Document, steps: Steps) -> None:
 
 
 def _mix(document: Document) -> None:
-    """`data.mix` as the last step. What is no mapping stays where it is and is refused as an unknown field."""
+    """`data.mix` as the last step; null is none. What is no mapping stays where it is and is refused there."""
     data = document.data.get("data")
+    if isinstance(data, dict) and data.get("mix", "") is None:
+        del data["mix"]
     if not isinstance(data, dict) or not isinstance(data.get("mix"), dict):
         return
     steps = data.setdefault("steps", [])

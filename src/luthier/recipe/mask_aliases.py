@@ -59,7 +59,7 @@ SETTLED: dict[str, Settled] = {
     ),
     "enable_thinking": Settled(
         (None,), "the chat template decides",
-        {None: "the chat template decides: give one that has the block you want in model.chat_template"},
+        {None: "the chat template decides: write model.template_variables: {enable_thinking: …} if it reads that"},
     ),
     "default_system_message": Settled(
         (None,), "it asks for nothing", {None: "write it into the rows as a system turn, so that inference gets it too"}

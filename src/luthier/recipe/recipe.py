@@ -62,6 +62,9 @@ class ModelSection(Section):
     chat_template: Name | None = _field(
         None, "Template file or name, where the tokenizer has none or the wrong one. Default: the tokenizer's."
     )
+    template_variables: dict[str, Any] = _field(
+        {}, "Values of the template's own variables, such as {enable_thinking: false}; saved inside the template."
+    )
     attention: Literal["auto", "forest", "unpacked"] = _field(
         "auto", "auto packs rows where the self-check at load proves it exact; unpacked never packs."
     )
@@ -220,10 +223,13 @@ class TrainSection(Section):
     decay_ratio: Share = _field(0.1, "Share of the last steps in which schedule wsd falls.", unit="share")
     weight_decay: Float = _field(0.0, "Pull of the weights to zero (decoupled); 0.01-0.1 when overfitting.", ge=0)
     adam_betas: tuple[Beta, Beta] = _field(
-        (0.9, 0.999), "Memory of AdamW's two averages; (0.9, 0.95) for long runs with large batches."
+        (0.9, 0.999),
+        "Memory of the averages; (0.9, 0.95) for long runs with large batches. Lion's default: (0.9, 0.99).",
     )
     max_grad_norm: Float = _field(1.0, "Gradients beyond this global norm are scaled down; 0 turns it off.", ge=0)
-    optimizer: Literal["adamw"] = _field("adamw", "Rule of the update.")
+    optimizer: Name = _field(
+        "adamw", "Rule of the update; adamw_8bit keeps a quarter of AdamW's state, adafactor next to none, lion half."
+    )
     optimizer_in_backward: Bool = _field(
         False, "Update each tensor as its gradient is made and free that: less memory for method full, no clipping."
     )
@@ -245,8 +251,15 @@ class EngineSection(Section):
     """Where the work runs; nothing here changes what is learnt, but for precision."""
 
     strategy: Literal["auto", "single"] = _field("auto", "How devices share the work; auto takes single on one device.")
-    precision: Literal["auto", "fp32", "bf16"] = _field(
-        "auto", "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field(
+        "auto",
+        "Number format of the computation; auto takes bf16 on GPUs that have it, fp32 on CPU; fp16, with a loss scale, "
+        "is for GPUs without bf16.",
+    )
+    trained_dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto",
+        "Number format of the weights that train; auto is float32, or what method.adapter_dtype says; bfloat16 halves "
+        "their memory, rounding each update.",
     )
     device: Name = _field("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     checkpoint_activations: Literal["auto"] | Bool = _field(

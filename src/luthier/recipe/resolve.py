@@ -1,6 +1,7 @@
 """From a name to the class: the one sanctioned dynamic import.
 
-The name in the recipe is the name of the file: `method: dora` is the one Method of `methods/dora.py`. A
+The name in the recipe is the name of the file: `method: dora` is the one Method of `methods/dora.py`, `train.optimizer:
+lion` the one Stepping of `engine/optimizers/lion.py`. A
 dotted path names a guest, `package.module` or `package.module.Class`. `names` lists the files and imports
 nothing, so help, checks and the studio know every method without torch.
 """
@@ -23,13 +24,15 @@ _BASES = {
     "objectives": "luthier.contracts.objective.Objective",
     "regularizers": "luthier.contracts.regularizer.Regularizer",
     "steps": "luthier.contracts.step.Step",
+    "optimizers": "luthier.engine.stepping.Stepping",
 }
 _SECTIONS = {"methods": "method", "objectives": "objective", "regularizers": "regularizers", "steps": "data.steps"}
-_PLACES = {"steps": "data.steps"}  # rooms inside rooms
+_NAMED = {"optimizers": "train.optimizer"}  # rooms whose name is a field, not a section
+_PLACES = {"steps": "data.steps", "optimizers": "engine.optimizers"}  # rooms inside rooms
 
 
 def names(room: str) -> list[str]:
-    """File names of the room, sorted: each is one method, objective, regularizer or step."""
+    """File names of the room, sorted: each is one method, objective, regularizer, step or optimizer."""
     _known(room)
     folder = Path(__file__).resolve().parents[1] / _PLACES.get(room, room).replace(".", "/")
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
@@ -38,7 +41,7 @@ def names(room: str) -> list[str]:
 def load(room: str, name: str) -> type[Any]:
     """The class behind a name; RecipeError for a name that nothing is behind."""
     _known(room)
-    where = f"{_SECTIONS[room]}.name"
+    where = _NAMED.get(room) or f"{_SECTIONS[room]}.name"
     if "." not in name:
         if name not in names(room):
             close = difflib.get_close_matches(name, names(room), n=1)

@@ -15,5 +15,5 @@ def strategy_of(run: Run) -> Strategy:
     """By the recipe; RecipeError where its fields cannot go together."""
     if not run.train.optimizer_in_backward:
         return Single(run.device, run.precision)
-    check_in_backward(run.method, run.train.max_grad_norm, run.regularizers)
+    check_in_backward(run.method, run.train.max_grad_norm, run.regularizers, run.precision)
     return InBackward(run.device, run.precision)

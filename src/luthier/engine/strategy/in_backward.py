@@ -7,7 +7,8 @@ The update is AdamW's, parameter by parameter, from the same state, so checkpoin
 up for the memory: no clipping by a norm over all parameters (it is known when the first ones are updated already), no
 gradients for a method's penalty or `after_step`. The loss of the whole step is looked at before anything changes. A
 gradient that is not finite ends the updates of its step: parameters nearer to the loss, whose gradients were finite,
-have moved by then, and the skip says so.
+have moved by then, and the skip says so. fp16 is refused for that reason: its loss scale is found by gradients that are
+not finite, again and again, and such a step must not have moved anything.
 """
 
 from __future__ import annotations
@@ -34,8 +35,15 @@ from luthier.engine.sums import Sums
 _FIELD = "train.optimizer_in_backward"
 
 
-def check_in_backward(method: Method, max_grad_norm: float, regularizers: Sequence[Regularizer] = ()) -> None:
+def check_in_backward(
+    method: Method, max_grad_norm: float, regularizers: Sequence[Regularizer] = (), precision: Precision | None = None
+) -> None:
     """RecipeError for what needs all gradients at once."""
+    if precision is not None and precision.scales_loss:
+        raise RecipeError(
+            "fp16 looks at all gradients before the first update, and this way updates one by one", where=_FIELD,
+            value=f"true, engine.precision {precision.name}", remedy="set it to false, or engine.precision to bf16",
+        )  # fmt: skip
     if max_grad_norm:
         raise RecipeError(
             "clipping needs the norm of all gradients before the first update, and this way frees them one by one",

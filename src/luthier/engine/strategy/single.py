@@ -3,7 +3,8 @@
 Each microbatch's total is divided by the weight of the whole step before its backward, so gradients are those
 of one large batch whatever the split. Totals stay on the device until the last microbatch is done: one
 synchronisation per step. Gradients of whole trained matrices are added where they lie (models/gradient_room.py).
-Left out: anything with a second rank.
+Losses and penalties are multiplied by `loss_scale` (fp16, engine/scaler.py; else 1), gradients divided by it in `clip`,
+before their norm is taken. Left out: anything with a second rank.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from luthier.contracts.strategy import LossOf
 from luthier.engine.precision import Precision, settle
 from luthier.engine.sums import Sums
 from luthier.models.gradient_room import GradientRoom
+from luthier.models.loss_scale import loss_scaled
 
 
 class Single:
@@ -28,7 +30,7 @@ class Single:
     adds_in_place: ClassVar[bool] = True  # gradients of trained matrices are written where they lie
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.loss_scale = device, precision, 1.0
         self.optimizer: torch.optim.Optimizer | None = None
         self._model: nn.Module | None = None
         self._room: GradientRoom | None = None
@@ -62,9 +64,9 @@ class Single:
         sums = Sums()
         with nullcontext() if self._room is None else self._room.open():
             for batch in microbatches:
-                with self.precision.autocast(self.device):
+                with loss_scaled(self.loss_scale), self.precision.autocast(self.device):
                     found = loss(batch.to(self.device))
-                scaled = found.total / divisor
+                scaled = found.total / divisor * self.loss_scale
                 if scaled.requires_grad:
                     scaled.backward()
                 sums.add(found)
@@ -73,14 +75,17 @@ class Single:
     def backward(self, penalty: Tensor | float) -> float:
         if isinstance(penalty, Tensor):
             if penalty.requires_grad:
-                penalty.backward()
+                (penalty * self.loss_scale).backward()
             return float(penalty.detach())
         return float(penalty)
 
     def clip(self, max_norm: float) -> float:
-        """The norm before clipping; a `max_norm` of 0 only measures."""
+        """Off with the loss scale; the norm before clipping; a `max_norm` of 0 only measures."""
         moved = [p for group in self._groups() for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
+        gradients = [p.grad for p in moved]
+        if self.loss_scale != 1.0 and gradients:
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
         if max_norm and torch.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(moved, max_norm, norm)
         return float(norm)
