@@ -34,7 +34,10 @@ PLAN: dict[str, tuple[str, ...]] = {
 
 
 # Not among the forty minutes: asked for by name (`--only methods`).
-MORE: dict[str, tuple[str, ...]] = {"methods": ("methods",), "gpu": ("gpu",)}
+MORE: dict[str, tuple[str, ...]] = {
+    "methods": ("methods",), "gpu": ("gpu",), "low-memory": ("low_memory", "--rows-per-step", "4"),
+    "formats": ("formats",),
+}  # fmt: skip
 
 
 def main() -> None:

@@ -45,5 +45,14 @@ class Allocated(TorchDispatchMode):
         self.now -= self._known.pop(key, 0)
 
 
+def held_bytes(model: Any, seen: Allocated) -> dict[str, int]:
+    """What frozen weights and buffers take, and the most that was held beside them, the trained weights among it."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    size = {True: 0, False: 0}
+    for tensor in tensors:
+        size[tensor.requires_grad] += tensor.numel() * tensor.element_size()
+    return {"weights": size[False], "above": size[True] + seen.peak}
+
+
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)

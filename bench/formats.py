@@ -28,7 +28,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = options.parser("formats", __doc__, steps=4, model="qwen05b")
+    parser = options.parser("formats", __doc__, steps=4, model="qwen2-0.5b")
     parser.add_argument("--bitsandbytes", action="store_true", help="its unpacking of a matrix beside ours")
     parsed = parser.parse_args(arguments)
     result = run(parsed)
@@ -46,7 +46,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
         directory = Path(name)
-        work.make_model(shape, directory / "model")
+        work.make_model(shape, directory / "model", family=work.FAMILIES.get(parsed.model, "llama"))
         systems = {}
         for place, (title, fields) in enumerate(FORMATS.items()):
             systems[title] = Inside({

@@ -77,10 +77,16 @@ def make_recipe(settings: dict[str, Any], rows: Path) -> Any:
     }  # fmt: skip
     engine = {"threads": settings["threads"], "device": settings.get("device", "cpu"), **settings.get("engine", {})}
     return luthier.Recipe(
-        model=settings["model"], data={"train": str(rows), "max_tokens": settings.get("max_tokens", work.LONGEST)},
+        model=_model(settings), data={"train": str(rows), "max_tokens": settings.get("max_tokens", work.LONGEST)},
         method={"name": "full"} if settings["method"] == "full" else method, objective=objective, train=train,
         engine=engine, output_dir=str(Path(settings["directory"]) / settings["name"]),
     )  # fmt: skip
+
+
+def _model(settings: dict[str, Any]) -> Any:
+    """The directory, with what a bench adds to the section (`model_fields`)."""
+    fields = settings.get("model_fields")
+    return {"path": settings["model"], **fields} if fields else settings["model"]
 
 
 def plan(settings: dict[str, Any], count: int) -> list[list[int]]:

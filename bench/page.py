@@ -15,7 +15,9 @@ from typing import Any
 from bench import (
     activations,
     curves,
+    formats,
     gpu,
+    low_memory,
     memory,
     methods,
     plan,
@@ -40,7 +42,7 @@ PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sft": race_page, "full": race_page, "dpo-each": race_page, "dpo-cached": race_page, "sharing": sharing.page,
     "share": share.page, "memory": memory.page, "plan": plan.page, "scale": scale.page, "curves": curves.page,
     "quality": quality.page, "gpu": gpu.page, "search": search.page, "profile": profile.page, "methods": methods.page,
-    "activations": activations.page,
+    "activations": activations.page, "low_memory": low_memory.page, "formats": formats.page,
 }  # fmt: skip
 _INTRO = """# Benchmarks
 

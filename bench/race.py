@@ -101,6 +101,8 @@ def _told(steps: list[protocol.Reply], opened: protocol.Reply, closed: protocol.
         "seconds": [step["seconds"] for step in steps], "losses": [step["loss"] for step in steps],
         "open_seconds": opened["seconds"], "open_bytes": opened["peak_bytes"], "peak_bytes": closed["peak_bytes"],
     }  # fmt: skip
+    if "held" in closed:
+        told["held"] = closed["held"]
     if all("tokens" in step for step in steps):
         told["tokens"] = [step["tokens"] for step in steps]
     if all("device_bytes" in step for step in steps):

@@ -1,6 +1,7 @@
 """The work that every system of the bench does: a model, rows, and where its adapter starts. Imports none of ours.
 
-    model   a random Llama, "s32k" and "s128k": width 512, 8 layers, 8 heads, 4 of keys and values, FFN 1408
+    model   a random Llama, "s32k" and "s128k": width 512, 8 layers, 8 heads, 4 of keys and values, FFN 1408;
+            or Qwen2-0.5B itself, its head tied to its embedding, its queries, keys and values with biases
     rows    lognormal lengths (median 250, sigma 0.8, 30..1024), about 40 % prompt, which is not trained
     pairs   prompt (median 200), chosen and rejected answer (median 120 each), lognormal too
     adapter LoRA r 16, alpha 32, all linear layers, both factors filled by name, so that no gradient is zero
@@ -39,6 +40,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2, "intermediate_size": 4_864,
     },
+    "qwen2-0.5b": {  # as published: see FAMILIES
+        "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "intermediate_size": 4_864,
+    },
     "8b": {  # Llama-3.1-8B
         "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "intermediate_size": 14_336,
@@ -48,6 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2, "intermediate_size": 256,
     },
 }  # fmt: skip
+FAMILIES = {"qwen2-0.5b": "qwen2"}  # the others are Llamas with an untied head
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _BYTES = len(_SPECIAL)  # id of byte 0
@@ -200,25 +206,36 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(odd)) for byte in range(256)]
 
 
-def make_model(shape: dict[str, int], directory: Path, *, positions: int = 2048, device: str = "cpu") -> int:
-    """Weights and tokenizer in Hugging Face layout; the bytes of the weights. On a GPU they are bf16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(
+    shape: dict[str, int], directory: Path, *, positions: int = 2048, device: str = "cpu", family: str = "llama"
+) -> int:  # fmt: skip
+    """Weights and tokenizer in Hugging Face layout; the bytes of the weights. On a GPU they are bf16.
+
+    A qwen2's numbers are those of a bf16 file, as its publisher's are; its biases are not zero.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape, max_position_embeddings=positions, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS,
-        pad_token_id=PAD, dtype="float32" if device == "cpu" else "bfloat16",
+    config = AutoConfig.for_model(
+        family, **shape, max_position_embeddings=positions, tie_word_embeddings=family == "qwen2", bos_token_id=BOS,
+        eos_token_id=EOS, pad_token_id=PAD, dtype="float32" if device == "cpu" else "bfloat16",
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if family == "qwen2":
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.02)
+        model = model.to(torch.bfloat16)
     model.save_pretrained(directory)
     make_tokenizer(config.vocab_size).save_pretrained(directory)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return size
 
 
 @torch.no_grad()

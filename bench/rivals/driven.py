@@ -1,19 +1,22 @@
 """A trainer of transformers' making, stopped before each step: what TRL's trainers have in common here.
 
 Time is from `on_step_begin` to `on_step_end`, so collation counts for no one. Useful tokens are those that the
-attention mask (or, without one, the batch) holds, counted as the trainer sees them.
+attention mask (or, without one, the batch) holds, counted as the trainer sees them. With `follow` the bytes that its
+operations hold are followed from the first step to the last (bench/allocated.py), which takes time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import protocol, work
+from bench.allocated import Allocated, held_bytes
 
 Make = Callable[[dict[str, Any], Any], Any]  # (settings, callback) -> trainer, ready to train
 
@@ -43,8 +46,10 @@ def _train(make: Make, settings: dict[str, Any], paused: protocol.Paused) -> pro
     if settings["method"] != "full":
         work.fill_adapter(work.peft_tensors(trainer.model))
     paused.reach({})
-    trainer.train()
-    return {"tensors": work.save_trained(trainer.model, settings)}
+    with Allocated() if settings.get("follow") else nullcontext() as seen:
+        trainer.train()
+    held = {} if seen is None else {"held": held_bytes(trainer.model, seen)}
+    return {"tensors": work.save_trained(trainer.model, settings), **held}
 
 
 def _steps(paused: protocol.Paused) -> Any:

@@ -54,6 +54,7 @@ from luthier.models.shapes import Shapes, shapes_of
 from luthier.models.sites import base_state
 from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
+from luthier.models.weights.narrow import narrow_tables
 from luthier.recipe import fingerprint, resolve
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
 from luthier.recipe.stages import Stage, stages_of
@@ -191,7 +192,12 @@ def _open(
     loaded = load_model(
         recipe.model, dtype=dtype, device=device, reads=reads, head_seed=seed, before_packing=method.before_packing
     )
-    return loaded, open_trunk(loaded.model, attention=recipe.model.attention)
+    trunk = open_trunk(loaded.model, attention=recipe.model.attention)
+    if dtype == torch.float32 and format_of(loaded.model) != "none":
+        narrow_tables(loaded.model)
+    if recipe.engine.checkpoint_activations in (True, False, "mlp"):  # told to keep all, or made again around it
+        trunk.keep_all()
+    return loaded, trunk
 
 
 def _reference(work: Assembled) -> Reference | None:

@@ -103,6 +103,7 @@ def setting_of(recipe: Recipe, objective: Objective, trained: Trained, device: s
         trained=2 if precision == "bf16" and narrow else 4,
         optimizer=recipe.train.optimizer, recompute_every=_recompute(recipe.engine.checkpoint_activations),
         recompute_part=_part(recipe.engine.checkpoint_activations),
+        keeps_all=recipe.engine.checkpoint_activations is False,
         in_backward=recipe.train.optimizer_in_backward,
         head=mode_of(trained, reads=objective.reads, linear=linear),
     )  # fmt: skip

@@ -64,6 +64,15 @@ def test_memory_fills_every_cell(tmp_path: Path) -> None:
         assert found[method, "luthier"]["losses"] == pytest.approx(found[method, "bare"]["losses"], abs=1e-5)
 
 
+def test_low_memory_follows_every_system(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    small = ("--one-process", "--held-only", "--systems", "luthier", "luthier_nf4", "trl_second")
+    held = run("low_memory", tmp_path, *small)["low_memory"]["held"]
+    dense, packed, trl = held["luthier"], held["luthier_nf4"], held["trl_second"]
+    assert trl["losses"] == pytest.approx(dense["losses"], abs=1e-5) and packed["losses"] != dense["losses"]
+    assert trl["weights"] >= dense["weights"] > packed["weights"] and trl["above"] > dense["above"] > 0
+
+
 def test_scale_holds_no_more_than_planned(tmp_path: Path) -> None:
     result = run("scale", tmp_path)["scale"]
     assert all(0 < point["held_bytes"] <= point["planned_bytes"] for point in result["points"])

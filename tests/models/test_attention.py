@@ -135,7 +135,7 @@ def test_recompute_in_the_backward_needs_no_context(reentrant: bool) -> None:
 
 def test_a_model_in_forest_mode_refuses_an_ordinary_call() -> None:
     model = tiny("llama")
-    trunk = Trunk(model)
+    trunk = Trunk(model, TrunkFacts(fused=False))
     ids = torch.arange(5, 15)[None]
     with pytest.raises(ForestUnsupported, match="outside forest_context"):
         model(input_ids=ids)

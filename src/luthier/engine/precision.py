@@ -31,6 +31,7 @@ from torch import nn
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method, trains
 from luthier.models.score_head import HEAD
+from luthier.models.weights.narrow import narrow_parameters
 from luthier.recipe.recipe import Recipe
 
 
@@ -130,12 +131,14 @@ def precision_of(recipe: Recipe, method: Method, device: torch.device, notes: li
 def settle(model: nn.Module, precision: Precision) -> nn.Module:
     """Store each parameter in its format, in place: what trains as `trained`, what is frozen as `frozen` says.
 
-    Buffers keep their types: rotary frequencies and counters must stay exact. Integer (quantized) weights too.
+    Buffers keep their types: rotary frequencies and counters must stay exact. Integer (quantized) weights too, and
+    frozen tables that are stored narrow and lose nothing by it.
     """
     stay_wide = (m for m in model.modules() if isinstance(m, nn.LayerNorm) or getattr(m, "float32_only", False))
     wide = {id(parameter) for module in stay_wide for parameter in module.parameters()}
+    narrow = narrow_parameters(model)
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or id(parameter) in narrow:
             continue
         wanted = precision.trained if trains(parameter) else precision.frozen
         if id(parameter) in wide or name.partition(".")[0] == HEAD or (trains(parameter) and parameter.ndim < 2):

@@ -33,6 +33,10 @@ class TrunkLike(Protocol):
 
     def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor: ...
 
+    def keep_all(self) -> None:
+        """Blocks make nothing again in the backward by themselves."""
+        ...
+
 
 class ScoreTrunk(TrunkLike, Protocol):
     """What it needs besides where an objective reads scores."""

@@ -177,6 +177,8 @@ class Work:
             self.recomputed.undo()
         self.recomputed = Recomputed(self.model, said) if said is not False else None
         self.state.recompute = said is True
+        if said in (True, "mlp"):
+            self.run.trunk.keep_all()  # once more around it would be twice
         if self.model.training or self.run.objective.disable_dropout:
             train_mode(self.model, dropout=not self.run.objective.disable_dropout)
 

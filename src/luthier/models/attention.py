@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from luthier.contracts.batch import Forest
+from luthier.models.kernels.segments import segment_attention, serves
 from luthier.models.kernels.varlen import VarlenPlan, varlen_attention
 from luthier.models.prefix import Prefix, prefix_now
 
@@ -126,6 +127,11 @@ class ForestMask:
             asked = [s for s, queries in enumerate(self.query_lengths) if queries]
             self._blocks[key] = [self._block(s, window, device, explicit) for s in asked]
         return self._blocks[key]
+
+    def separate(self, blocks: list[Block]) -> bool:
+        """Every segment asks with all its rows and sees its own alone."""
+        plain = all(block.mask is None and len(block.chain) == 1 and not block.skip for block in blocks)
+        return plain and self.query_lengths is self.lengths and len(blocks) == len(self.lengths)
 
     def _block(self, segment: int, window: int | None, device: torch.device, explicit: bool) -> Block:
         chain = self.forest.chain(segment)
@@ -259,19 +265,23 @@ def forest_attention(
     ):
         out = varlen_attention(query, key, value, mask.varlen, window, terms.scaling)
         return out[None], None
+    blocks = mask.blocks(window, query.device, terms.explicit)
+    if ahead is None and not terms.dropout and mask.separate(blocks) and serves(query, value):
+        return segment_attention(query, key, value, mask.lengths, terms.scaling), None
     if width < query.shape[-1]:  # MLA: equal widths keep the fused kernel
         value = F.pad(value, (0, query.shape[-1] - width))
     # split, not slices: the backward of a slice fills T rows with zeros
     queries = query.split(mask.query_lengths, 2)
     keys, values = (x.split(mask.lengths, 2) for x in (key, value))
     out_segments = []
-    for block in mask.blocks(window, query.device, terms.explicit):
+    for block in blocks:
         k, v = _chain(keys, block), _chain(values, block)
         if ahead is not None:
             k, v = torch.cat([ahead[0], k], 2), torch.cat([ahead[1], v], 2)
         attend = _explicit if terms.explicit else _fused
-        out_segments.append(attend(queries[block.segment], k, v, block.mask, terms))
-    return torch.cat(out_segments, 2)[..., :width].transpose(1, 2).contiguous(), None
+        out_segments.append(attend(queries[block.segment], k, v, block.mask, terms).transpose(1, 2))
+    whole = out_segments[0] if len(out_segments) == 1 else torch.cat(out_segments, 1)
+    return whole[..., :width].contiguous(), None
 
 
 def dense_attention(

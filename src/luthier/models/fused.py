@@ -11,6 +11,7 @@ Which of them a device gets is said in one place, `KINDS`: on a CPU only what wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from luthier.models.adapted_mlp import KEEPS, adapted_mlp, give_room, room_for
 from luthier.models.kernels.rms_norm import rms_norm, rms_norm_plain
 from luthier.models.kernels.swiglu import swiglu, swiglu_plain
 from luthier.models.kernels.triton_norm import Norm
 from luthier.models.rotary_places import Forward, rotary_forward
+from luthier.models.shared_input import as_block
+from luthier.models.weights import numbers_of
 
-KINDS = {"cpu": ("swiglu",), "cuda": ("norm", "swiglu", "rotary")}
+KINDS = {"cpu": ("norm", "swiglu"), "cuda": ("norm", "swiglu", "rotary")}
 _EPSILONS = ("variance_epsilon", "eps", "norm_eps", "epsilon")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -53,6 +57,9 @@ class Fused:
                 elif "rotary" in kinds and (forward := rotary_forward(module, rotaries)) is not None:
                     self._change(module, forward)
 
+        mlps = [module for module in self._changed if hasattr(module, "gate_proj")]
+        give_room(mlps, room_for(numbers_of(model)))
+
     @property
     def modules(self) -> int:
         return len(self._changed)
@@ -61,7 +68,13 @@ class Fused:
         for module in self._changed:
             module.__dict__.pop("forward", None)
             module.__dict__.pop(_NORM, None)
+        self.keep_all()
         self._changed.clear()
+
+    def keep_all(self) -> None:
+        """From now on feed-forward blocks make nothing again: their room is without end."""
+        for module in self._changed:
+            module.__dict__.pop(KEEPS, None)
 
     def _change(self, module: nn.Module, forward: Any) -> None:
         module.__dict__["forward"] = MethodType(forward, module)  # bound, so that a deep copy is bound to the copy
@@ -83,7 +96,11 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _mlp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 1 or kwargs:
         return type(self).forward(self, *args, **kwargs)
-    return self.down_proj(swiglu(self.gate_proj(args[0]), self.up_proj(args[0])))
+    x = args[0]
+    if x.device.type == "cpu" and (found := as_block(x, self)) is not None:
+        block, compute = found
+        return adapted_mlp(x, block, compute, x.shape[:-1].numel() <= getattr(self, KEEPS, math.inf))
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _as_norm(module: nn.Module) -> Norm | None:

@@ -67,23 +67,39 @@ def tile_for(weight_VD: Tensor) -> Tile:
 
 @dataclass
 class Head:
-    """The output matrix in the dtype that computes, and what follows it. Gradients are float32."""
+    """The output matrix, and what follows it. Gradients are float32.
+
+    `compute`: the dtype that computes; None: the matrix's own. A narrower matrix is widened a tile at a time.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None
     head_map: HeadMap
     tile: Tile
+    compute: torch.dtype | None = None
     lent: Callable[[int], Tensor | None] | None = None  # who may have memory for a while
+    _tile: tuple[int, Tensor] | None = None  # the tile that was widened last: where it begins, and its numbers
+
+    def __post_init__(self) -> None:
+        self.compute = self.compute or self.weight_VD.dtype
 
     def columns(self) -> Iterator[slice]:
         for first in range(0, len(self.weight_VD), self.tile.columns):
             yield slice(first, min(first + self.tile.columns, len(self.weight_VD)))
 
+    def rows(self, part: slice) -> Tensor:
+        """W[part] in the dtype that computes; good until the next tile is asked for."""
+        if self.weight_VD.dtype == self.compute:
+            return self.weight_VD[part]
+        if self._tile is None or self._tile[0] != part.start:
+            self._tile = part.start, self.weight_VD[part].to(self.compute)
+        return self._tile[1]
+
     def logits(self, hidden: Tensor, part: slice, out: Tensor) -> Tensor:
         """Mapped float32 logits of some columns, made in `out` (flat, float32)."""
         shape = len(hidden), part.stop - part.start
         made = out[: shape[0] * shape[1]].view(shape)
-        weight = _wide(self.weight_VD[part])
+        weight = _wide(self.rows(part))
         if weight.dtype == torch.float32:
             torch.mm(hidden.float(), weight.t(), out=made)
         else:
@@ -112,7 +128,7 @@ class Head:
 
     def add_product(self, into: Tensor, left: Tensor, right: Tensor, *, fresh: bool = False) -> None:
         """into (float32) += left @ right in the dtype that computes, or = where `fresh`."""
-        right = _wide(right.to(self.weight_VD.dtype))
+        right = _wide(right.to(self.compute))
         left = left.to(right.dtype)
         if into.dtype == left.dtype:
             torch.mm(left, right, out=into) if fresh else into.addmm_(left, right)
@@ -171,7 +187,7 @@ def values(head: Head, hidden_ND: Tensor, targets_N: Tensor, jacobian_ND: Tensor
                 pulled.mul_(shrink)
             if slope is not None:
                 logits.mul_(slope)
-            head.add_product(pulled, logits, head.weight_VD[columns], fresh=shrink is None)
+            head.add_product(pulled, logits, head.rows(columns), fresh=shrink is None)
         norm = running.norm()
         logit, slope, rows_nD = head.target(hidden, targets_N[part])
         logprobs_N[part], norm_N[part] = (logit - norm).clamp_(max=0)[:, 0], norm[:, 0]
@@ -266,7 +282,7 @@ def _softmax(head: Head, rows: Rows, into: Gradients, pull: Tensor, columns: sli
     """The softmax' part: d hidden += pull W; dW and db are begun by the first rows, added to by the others."""
     fresh = rows.part.start == 0
     if into.hidden_ND is not None:
-        head.add_product(into.hidden_ND[rows.part], pull, head.weight_VD[columns])
+        head.add_product(into.hidden_ND[rows.part], pull, head.rows(columns))
     if into.weight_VD is not None:
         head.add_product(into.weight_VD[columns], pull.t(), rows.hidden, fresh=fresh and not into.begun)
     if into.bias_V is not None:

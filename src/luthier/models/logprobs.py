@@ -50,7 +50,7 @@ def token_logprobs(
     how = how or How()
     kind = hidden_ND.device.type
     autocast = torch.is_autocast_enabled(kind)
-    compute = torch.get_autocast_dtype(kind) if autocast else weight_VD.dtype
+    compute = torch.get_autocast_dtype(kind) if autocast else torch.promote_types(weight_VD.dtype, hidden_ND.dtype)
     grown = [x is not None and x.requires_grad for x in (weight_VD, bias_V)]
     trains = torch.is_grad_enabled() and (hidden_ND.requires_grad or any(grown))
     mode = "values" if not trains else "jacobian" if not any(grown) else "again"
@@ -101,10 +101,11 @@ class _Spec:
     tile: Tile | None
     room: GradientRoom | None
 
-    def head(self, weight_VD: Tensor, bias_V: Tensor | None) -> Head:
-        weight_VD = weight_VD.to(self.compute)
+    def head(self, weight_VD: Tensor, bias_V: Tensor | None, loops: ModuleType) -> Head:
+        widens = weight_VD.dtype.itemsize < self.compute.itemsize and loops is logprob_tiles  # tile by tile
+        weight_VD = weight_VD if widens else weight_VD.to(self.compute)
         lent = None if self.room is None else self.room.lent
-        return Head(weight_VD, bias_V, self.head_map, self.tile or tile_for(weight_VD), lent)
+        return Head(weight_VD, bias_V, self.head_map, self.tile or tile_for(weight_VD), self.compute, lent)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -118,7 +119,8 @@ class _TokenLogprobs(torch.autograd.Function):
         coefficients_N: Tensor | None,
         spec: _Spec,
     ) -> Tensor:
-        head, hidden = spec.head(weight_VD, bias_V), hidden_ND.to(spec.compute)
+        hidden = hidden_ND.to(spec.compute)
+        head = spec.head(weight_VD, bias_V, _loops(hidden))
         ctx.spec, ctx.dtypes = spec, tuple(None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V))
         if spec.mode == "linear":
             assert coefficients_N is not None
@@ -159,8 +161,8 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             hidden_ND, weight_VD, bias_V, targets_N, norm_N = ctx.saved_tensors
             into = _places(ctx.needs_input_grad[:3], hidden_ND, weight_VD, bias_V, ctx.spec.room)
-            head = ctx.spec.head(weight_VD, bias_V)
             hidden = hidden_ND.to(ctx.spec.compute)
+            head = ctx.spec.head(weight_VD, bias_V, _loops(hidden))
             _loops(hidden).again(head, hidden, targets_N, norm_N, grad_N, into)
             found = into.hidden_ND, None if ctx.spec.room else into.weight_VD, into.bias_V
         typed = (None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True))

@@ -15,6 +15,7 @@ are called.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.adapted_linears import Adapted, adapted_linears
+from luthier.models.adapted_mlp import Block
 from luthier.models.sites import AdaptedLinear
 from luthier.models.switch import native_attention
 from luthier.models.weights.packed import Packed
@@ -58,17 +60,36 @@ class SharedInput:
         return found
 
     def _all(self, x: Tensor, mode: tuple[int, bool, torch.dtype | None]) -> _Left | None:
-        group = [one for one in map(adapted, self.sites) if one is not None]
-        if len(group) < len(self.sites):
+        if (found := as_matrices(x, self.sites)) is None:
             return None
-        compute = mode[2] or group[0].a_RD.dtype
-        for one in group:
-            own = mode[2] or one.a_RD.dtype
-            stored = compute if isinstance(one.weight_OD, Packed) else one.weight_OD.dtype
-            if not stored == own == compute or (mode[2] is None and x.dtype != compute):
-                return None
-        made = adapted_linears(x, group, compute)
+        made = adapted_linears(x, *found)
         return _Left(x, mode, {id(site): y for site, y in zip(self.sites, made, strict=True)})
+
+
+def as_matrices(x: Tensor, sites: Sequence[AdaptedLinear]) -> tuple[list[Adapted], torch.dtype] | None:
+    """(the sites as matrices, the dtype that they all compute x in), or None where one of them is more, or another."""
+    group = [one for one in map(adapted, sites) if one is not None]
+    if len(group) < len(sites):
+        return None
+    autocast = _autocast(x)
+    compute = autocast or group[0].a_RD.dtype
+    for one in group:
+        own = autocast or one.a_RD.dtype
+        stored = compute if isinstance(one.weight_OD, Packed) else one.weight_OD.dtype
+        if not stored == own == compute or (autocast is None and x.dtype != compute):
+            return None
+    return group, compute
+
+
+def as_block(x: Tensor, block: Any) -> tuple[Block, torch.dtype] | None:
+    """The same of a feed-forward block, where calling its three sites would do nothing besides."""
+    sites = [block.gate_proj, block.up_proj, block.down_proj]
+    if not all(type(site) is AdaptedLinear and site.on and site.shared is not None for site in sites):
+        return None
+    if any(_hooked(site) or "forward" in site.__dict__ or hasattr(site.delta, "finish") for site in sites):
+        return None
+    found = as_matrices(x, sites)
+    return None if found is None else (Block(*found[0]), found[1])
 
 
 def adapted(site: AdaptedLinear) -> Adapted | None:

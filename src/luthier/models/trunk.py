@@ -112,6 +112,11 @@ class Trunk:
         if self._restricted is not None:
             self._restricted.undo()
 
+    def keep_all(self) -> None:
+        """Nothing is made again in the backward by the feed-forward blocks themselves."""
+        if self._fused is not None:
+            self._fused.keep_all()
+
     def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
         """logprobs_N float32 of the batch's scored tokens, differentiable; see `Objective.coefficients`."""
         return self._over(batch, self._logprobs, coefficients_N)

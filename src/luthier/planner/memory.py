@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from luthier.models.adapted_mlp import room_for
 from luthier.planner import activations, head
 from luthier.planner.activations import FLOAT, Again, Numbers
 from luthier.planner.formats import Stored, state_bytes, workspace_bytes
@@ -42,6 +43,7 @@ class Setting:
     optimizer: str = "adamw"
     recompute_every: int = 0  # 0 keeps all activations, 1 recomputes every layer, n layers 0, n, 2 n, ...
     recompute_part: str = ""  # attention or mlp: of every layer
+    keeps_all: bool = False  # told to keep what could be made again
     in_backward: bool = False
     head: str = "jacobian"
 
@@ -90,8 +92,8 @@ def memory_of(shape: ModelShape, trained: Trained, setting: Setting, course: Cou
 def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Course, load: Load) -> Memory:
     form, numbers = replace(shape.form, layers=shape.form.layers - trained.first), numbers_of(trained, setting)
     load = replace(load, whole=trained.every_row)
+    again, numbers = Again(max(1, form.layers), setting.recompute_every), _roomy(shape, trained, setting, numbers)
     kept = activations.kept(form, trained, load, numbers, setting.recompute_part)
-    again = Again(max(1, form.layers), setting.recompute_every)
     always, gradients = _always(shape, trained, setting), trained.active * FLOAT
     before, during, whole = _gradients(trained, setting, course, gradients)
     room = _in_room(trained, setting, gradients)
@@ -118,6 +120,13 @@ def _memory(shape: ModelShape, trained: Trained, setting: Setting, course: Cours
     peak = max(sum(moment.values()) for moment in moments.values())
     beyond = LIBRARIES if setting.device == "cpu" else CONTEXT + round(SLACK * peak)
     return Memory({name: {k: v for k, v in terms.items() if v} for name, terms in moments.items()}, load, beyond)
+
+
+def _roomy(shape: ModelShape, trained: Trained, setting: Setting, numbers: Numbers) -> Numbers:
+    """With the room of feed-forward blocks for what they would make again, where the recipe leaves it to them."""
+    again = setting.recompute_every == 1 or setting.recompute_part == "mlp" or setting.keeps_all
+    blocks = [activations.as_one(shape.form, keeps, trained, numbers) for keeps in trained.layers]
+    return replace(numbers, room=room_for(shape.parameters)) if any(blocks) and not again else numbers
 
 
 def numbers_of(trained: Trained, setting: Setting) -> Numbers:

@@ -142,6 +142,7 @@ def rehearse(model: nn.Module, attach: Callable[[nn.Module], Told], batch: Batch
     try:
         with Hollow() as seen:
             told = attach(model)
+            trunk.keep_all()  # as the formula has it
             model.train()
             before, seen.peak = seen.now, seen.now
             total = (trunk.logprobs(batch, batch.weights_N) * batch.weights_N).sum()
