@@ -5,18 +5,15 @@
 The weight is known before the first forward, so a split into microbatches cannot change the result. Nothing
 touches the weights before the guard has seen loss and gradient norm, so up to there a step can be done again: in fewer
 rows at a time where memory ran out (engine/recovery.py), at a smaller loss scale where fp16 gradients overflowed
-(engine/scaler.py). Evaluation and saving happen between
-steps, at the loop's head, so a resumed run finds them done or not done by its state alone. Every event is in
-the journal before a reader sees it.
+(engine/scaler.py). Evaluation and saving happen between steps, at the loop's head, so a resumed run finds them done or
+not done by its state alone. Every event is in the journal before a reader sees it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-
-from torch import Tensor
 
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import Stopped
@@ -81,19 +78,8 @@ def _step(work: Work) -> Iterator[Event]:
         seed_step(run.train.seed, number)
         strategy.loss_scale = scale = state.loss_scale
         microbatches = work.microbatches(number)
-        weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
         try:
-            run.method.begin_step(work.model, microbatches)
-            stats = work.scorer.statistics(microbatches, work.samples(number), work.stream)
-
-            def loss_of(batch: Batch, stats: object = stats) -> Loss:
-                work.signals.poll()
-                return work.scorer.loss(batch, stats)
-
-            with work.offloading():
-                loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
-            penalty = strategy.backward(work.penalty())
-            norm = strategy.clip(run.train.max_grad_norm)
+            loss, metrics, penalty, norm = _gradient(work, number, microbatches)
         except Exception as error:  # noqa: BLE001 (smaller microbatches if memory ran out, else it goes on up)
             note = smaller_step(work, error, microbatches)
             give_back(run.device)
@@ -116,8 +102,8 @@ def _step(work: Work) -> Iterator[Event]:
     tokens, scored = sum(b.tokens for b in microbatches), sum(b.scored for b in microbatches)
     state.tokens, state.scored_tokens = state.tokens + tokens, state.scored_tokens + scored
     told = means(metrics)
-    if isinstance(penalty, Tensor) or penalty:
-        told["penalty"] = float(penalty)
+    if penalty:
+        told["penalty"] = penalty
     if run.precision.scales_loss:
         told["loss_scale"] = scale
     yield StepDone(
@@ -125,3 +111,22 @@ def _step(work: Work) -> Iterator[Event]:
         seconds=time.perf_counter() - started, bytes=held_bytes(run.device),
         epoch=run.stream.epoch_at(number + state.passed_over), metrics=told, stage=work.course.leg(number).name,
     )  # fmt: skip
+
+
+def _gradient(
+    work: Work, number: int, microbatches: Sequence[Batch]
+) -> tuple[float, dict[str, tuple[float, float]], float, float]:
+    """Of the whole step, into the parameters: (loss, sums of metrics, penalty, norm before clipping)."""
+    run, strategy = work.run, work.strategy
+    weight = strategy.all_reduce(sum(run.objective.weight(batch) for batch in microbatches))
+    run.method.begin_step(work.model, microbatches)
+    stats = work.scorer.statistics(microbatches, work.samples(number), work.stream)
+
+    def loss_of(batch: Batch) -> Loss:
+        work.signals.poll()
+        return work.scorer.loss(batch, stats)
+
+    with work.offloading():
+        loss, metrics = strategy.forward_backward(microbatches, loss_of, weight)
+    penalty = strategy.backward(work.penalty())
+    return loss, metrics, penalty, strategy.clip(run.train.max_grad_norm)
