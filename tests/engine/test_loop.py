@@ -32,6 +32,9 @@ class Shaken:
     def logprobs(self, batch: Batch, coefficients_N: Tensor | None = None) -> Tensor:
         return self.spoil(batch, self.inner.logprobs(batch, coefficients_N))
 
+    def keep_all(self) -> None:
+        self.inner.keep_all()
+
 
 def losses(directory: Path) -> list[float]:
     return [row["loss"] for row in read(directory / "journal.jsonl") if row["event"] == "step"]

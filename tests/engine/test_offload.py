@@ -21,6 +21,7 @@ from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.method import Method
 from luthier.engine.offload import Host, OffloadedActivations, OffloadedStates, check_offload
+from luthier.engine.optimizers.adamw import AdamW
 from luthier.methods.dora import DoRA
 from luthier.methods.full import Full
 from luthier.methods.lora import LoRA
@@ -166,8 +167,9 @@ def test_states_step_to_the_same_bits_and_rest_elsewhere() -> None:
     ends, peaks = [], []
     for away in (False, True):
         parameters = [nn.Parameter(one.clone()) for one in start]
-        groups = [{"params": parameters[:2], "lr": 1e-2}, {"params": parameters[2:], "lr": 3e-2, "weight_decay": 0.1}]
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        groups = [{"params": parameters[:2], "lr": 1e-2, "names": ["a", "b"]},
+                  {"params": parameters[2:], "lr": 3e-2, "weight_decay": 0.1, "names": ["c"]}]  # fmt: skip
+        optimizer = AdamW(groups, lr=1e-2, fused=True)
         elsewhere = Elsewhere()
         stepped: Any = OffloadedStates(optimizer, elsewhere) if away else optimizer
         for number, grads in enumerate(steps):

@@ -67,7 +67,7 @@ def test_what_happens_anyway_is_left_out_with_the_reason(tmp_path: Path, line: s
         ("completion_only_loss: false", "plain text train whole"),
         ("loss_scale: last_round", "last_turn_only"),
         ("loss_scale: ignore_empty_think", "weight"),
-        ("enable_thinking: false", "model.chat_template"),
+        ("enable_thinking: false", "model.template_variables"),
         ("default_system_message: Be kind.", "system turn"),
     ],
 )

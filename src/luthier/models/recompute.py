@@ -107,7 +107,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     inside = self.__dict__[_INSIDE] or MethodType(type(self).forward, self)
     if _keeping.get() or not torch.is_grad_enabled():
         return inside(*args, **kwargs)
-    named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    # views: what a tensor itself carries (who made it) may be lost on the way, and both passes must see the same
+    args = tuple(value.view_as(value) if isinstance(value, Tensor) else value for value in args)
+    named = {name: value.view_as(value) for name, value in kwargs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in kwargs.items() if name not in named}
 
     def again(*given: Any) -> Any:

@@ -70,7 +70,7 @@ def rms_norm_plain(x: Tensor, weight_D: Tensor, norm: Norm) -> Tensor:
 class _Float32(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+        r = x.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
         ctx.save_for_backward(x, r, weight_D)
         ctx.mark_non_differentiable(r)
         ctx.offset = norm.offset
