@@ -7,6 +7,7 @@ a busy machine is not a fault.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,3 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         away = [item for item in items if item.get_closest_marker("cuda")]
         config.hook.pytest_deselected(items=away)
         items[:] = [item for item in items if item not in away]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What imports and collection made stays for good: looking through it again and again takes a minute of the run."""
+    gc.collect()
+    gc.freeze()

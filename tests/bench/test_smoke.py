@@ -88,6 +88,7 @@ def test_plan_predicts_what_is_measured(tmp_path: Path) -> None:
     assert all(abs(cell["predicted_bytes"] / cell["measured_bytes"] - 1) < 0.1 for cell in cells)
 
 
+@pytest.mark.nightly
 def test_curves_overlay(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     methods = run("curves", tmp_path, "--steps", "3", "--one-process")["curves"]["methods"]
@@ -110,6 +111,7 @@ def test_quality_scores_both_by_one_judge(tmp_path: Path, shared_data: Any) -> N
     assert all(score < task["base_score"] for scores in task["scores"].values() for score in scores)
 
 
+@pytest.mark.nightly
 def test_search_records_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     few = {name: search.CANDIDATES[name] for name in ("1 row a batch", "padding-free, sdpa")}
