@@ -8,7 +8,7 @@ what rides beside the method.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from itertools import islice
@@ -18,7 +18,6 @@ import torch
 
 import luthier
 from luthier import fitting
-from luthier.building import as_source, telling
 from luthier.contracts.batch import Batch
 from luthier.contracts.errors import RecipeError
 from luthier.contracts.event import Event
@@ -27,14 +26,11 @@ from luthier.contracts.objective import Objective
 from luthier.contracts.record import Sample
 from luthier.contracts.regularizer import Regularizer
 from luthier.data.encode import Encoder
-from luthier.data.fixed_variables import fixed
 from luthier.data.kinds import SUPERVISED
 from luthier.data.pairs import ChosenSide
-from luthier.data.prepare import Prepared, drained, prepare, preparing
+from luthier.data.prepare import Prepared, drained, prepare
 from luthier.data.prepare import fingerprint as contents
-from luthier.data.staged import Part, Staged
-from luthier.data.stream import Stream, StreamSpec
-from luthier.data.template import open_template
+from luthier.data.stream import Stream
 from luthier.engine.cached import Cached, samples_digest
 from luthier.engine.checkpoint import found
 from luthier.engine.offload import check_offload
@@ -46,7 +42,7 @@ from luthier.engine.seeds import seed_of
 from luthier.engine.strategy.in_backward import check_in_backward
 from luthier.engine.task import Reference, Run
 from luthier.engine.threads import settle_threads
-from luthier.models.load import Loaded, TextSide, load_model, load_text
+from luthier.models.load import Loaded, load_model, load_text
 from luthier.models.probe import open_trunk
 from luthier.models.quantise import format_of, is_double, lifts_digest
 from luthier.models.score_head import HEAD
@@ -56,10 +52,9 @@ from luthier.models.token_rows import attach_rows
 from luthier.models.trunk import Trunk
 from luthier.models.weights.narrow import narrow_tables
 from luthier.recipe import fingerprint, resolve
-from luthier.recipe.recipe import DataSection, DataSource, Recipe
-from luthier.recipe.stages import Stage, stages_of
+from luthier.recipe.recipe import DataSource, Recipe
+from luthier.rows import data_section, encoder_of, preparing_rows, stream_of, stream_spec
 
-MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _FEW_STEPS = 10
 _UNREACHED = 0.05
 
@@ -114,7 +109,7 @@ def assembling(recipe: Recipe, now: datetime | None = None) -> Generator[Event, 
     encoder = encoder_of(recipe, text, notes, now)
     prepared = yield from preparing_rows(recipe, encoder)
     notes += encoder.notes()
-    steps = yield from _stream(recipe, device, prepared, encoder, method.virtual_tokens)
+    steps = yield from stream_of(recipe, device, prepared, encoder, method.virtual_tokens)
     held_out = prepared.evaluation
     evaluation = Stream(held_out, stream_spec(recipe, device, held_out, method.virtual_tokens)) if held_out else None
     chosen, steps, evaluation = fitting.settle(recipe, device, steps, evaluation, notes)
@@ -230,109 +225,9 @@ def _cached(work: Assembled) -> Cached:
     return Cached(direct, [s for s in (work.stream, work.evaluation) if s is not None], facts, work.device)
 
 
-def encoder_of(recipe: Recipe, text: TextSide, notes: list[str], now: datetime | None = None) -> Encoder:
-    section = data_section(recipe)
-    most, method = text.max_positions, resolve.build("methods", recipe.method)
-    if most and section.max_tokens > most - method.first_position:
-        less = f", {method.first_position} of them taken by virtual tokens" if method.first_position else ""
-        most -= method.first_position
-        if most < 1:
-            raise RecipeError("virtual tokens leave no position for a row", where="method.num_virtual_tokens",
-                              value=method.first_position, remedy=f"the model has {text.max_positions}")  # fmt: skip
-        notes.append(
-            f"data.max_tokens {section.max_tokens} is beyond the model's {text.max_positions} positions{less}: "
-            f"{most} is used"
-        )
-        section = section.model_copy(update={"max_tokens": most})
-    template = open_template(None, text.tokenizer, recipe.model.chat_template, now=now)
-    variables = recipe.model.template_variables
-    if variables and template is None:
-        raise RecipeError("there is no chat template to read them", where="model.template_variables", value=variables,
-                          remedy="name one in model.chat_template")  # fmt: skip
-    template = template and fixed(template, variables)
-    objective: Objective = resolve.build("objectives", recipe.objective)
-    return Encoder(text.tokenizer, template, section, text.stop_ids, score_prompt=objective.score_prompt)
-
-
-def prepared_rows(recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...] | None = None) -> Prepared:
-    """Every row read and encoded; rows that the objective does not train on are refused by name.
-
-    `stage`: the sources of a stage, in place of the recipe's training rows; nothing of them is held out.
-    """
-    return drained(preparing_rows(recipe, encoder, stage))
-
-
-def preparing_rows(
-    recipe: Recipe, encoder: Encoder, stage: tuple[DataSource, ...] | None = None
-) -> Generator[Event, None, Prepared]:
-    """`prepared_rows`, telling how far it is."""
-    objective: Objective = resolve.build("objectives", recipe.objective)
-    section, built = data_section(recipe), None
-    if stage is not None:
-        section = section.model_copy(update={"train": stage, "eval": None})
-    elif section.steps:
-        built = yield from telling(recipe)
-        section = section.model_copy(update={"train": as_source(built), "steps": ()})
-    prepared = yield from preparing(
-        section, encoder, seed=recipe.train.seed, kinds=objective.records, objective=str(recipe.objective["name"])
-    )
-    prepared.ledger.build = built.ledger if built else None
-    return prepared
-
-
-def data_section(recipe: Recipe) -> DataSection:
-    """`evaluate.on` stands in for `data.eval` where that holds nothing out."""
-    if recipe.evaluate.on and recipe.data.eval is None:
-        return recipe.data.model_copy(update={"eval": recipe.evaluate.on})
-    return recipe.data
-
-
 def _refuse_loggers(recipe: Recipe) -> None:
     if others := sorted(set(recipe.report_to) - {"tensorboard"}):
         raise RecipeError("no such logger yet", where="report_to", value=others, remedy="use tensorboard, or []")
-
-
-def stream_spec(recipe: Recipe, device: torch.device, samples: Sequence[Sample], reserved: int = 0) -> StreamSpec:
-    """`reserved`: rows that the method adds in front of every root."""
-    spec = recipe.train
-    microbatch = spec.microbatch_tokens
-    if microbatch == "auto":
-        longest = max(sample.length + reserved * sample.roots for sample in samples)
-        microbatch = max(MICROBATCH_TOKENS.get(device.type, 4096), longest)
-    return StreamSpec(
-        seed=spec.seed, tokens_per_step=spec.tokens_per_step or 16384, rows_per_step=spec.rows_per_step,
-        window=spec.pack_window, microbatch_tokens=int(microbatch), packing=recipe.data.packing,
-        reserved_per_root=reserved,
-    )  # fmt: skip
-
-
-def _stream(
-    recipe: Recipe, device: torch.device, prepared: Prepared, encoder: Encoder, reserved: int
-) -> Generator[Event, None, Stream]:
-    """The training rows as steps: one stream, or one for each stage of the recipe after the other.
-
-    Rows of a stage's own join the ledger. Every stage but the first has a seed of its own: another order of rows.
-    """
-    if not recipe.train.stages:
-        return Stream(prepared.train, stream_spec(recipe, device, prepared.train, reserved))
-    found: list[tuple[Stage, Sequence[Sample]]] = []
-    count = len(prepared.train) + len(prepared.evaluation)
-    for stage in stages_of(recipe.train):
-        rows = prepared.train
-        if stage.data is not None:
-            own = yield from preparing_rows(recipe, encoder, stage.data)
-            prepared.ledger.join(own.ledger)
-            rows = [replace(sample, id=count + index) for index, sample in enumerate(own.train)]
-            count += len(rows)
-        found.append((stage, rows))
-    everything = [sample for _, rows in found for sample in rows]
-    parts = []
-    for number, (stage, rows) in enumerate(found):
-        seed = seed_of("stage", number, recipe.train.seed) if number else recipe.train.seed
-        section = recipe.model_copy(update={"train": stage.train})
-        stream = Stream(rows, replace(stream_spec(section, device, everything, reserved), seed=seed))
-        parts.append(Part(stream, stage.train.max_steps or stream.total_steps(stage.train.epochs)))
-    return Staged(parts)
 
 
 def _advice(recipe: Recipe, prepared: Prepared, trunk: Trunk, steps: Stream) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from luthier.assembly import MICROBATCH_TOKENS, Assembled, encoder_of, prepared_rows, stream_spec
+from luthier.assembly import Assembled
 from luthier.contracts.errors import LuthierError, OutOfMemory, ResourceError, UsageError
 from luthier.contracts.method import Method
 from luthier.data.stream import Stream
@@ -31,6 +31,7 @@ from luthier.planner.page import amount
 from luthier.planner.time import UTILISATION, Device, Time, device_named, known_devices, time_of
 from luthier.recipe import resolve
 from luthier.recipe.recipe import Recipe
+from luthier.rows import MICROBATCH_TOKENS, encoder_of, prepared_rows, stream_spec
 
 _BEYOND = {"cpu": "interpreter and libraries, assumed", "cuda": "context and allocator slack, assumed"}
 LEAST_TO_CALIBRATE = 64 << 20  # predicted bytes below which a process is mostly its libraries

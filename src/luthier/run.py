@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import account
-from luthier.assembly import MICROBATCH_TOKENS, assemble, assembling, encoder_of, engine_run, preparing_rows
+from luthier.assembly import assemble, assembling, engine_run
 from luthier.building import built_rows
 from luthier.contracts.errors import DataError, OutOfMemory, UsageError
 from luthier.contracts.event import Event, Progress, StepDone
@@ -50,6 +50,7 @@ from luthier.opened import Opened, open_target
 from luthier.planning import Asked, advise, compare, predicted
 from luthier.planning import plan as plan_recipe
 from luthier.recipe.recipe import DataSection, DataSource, Recipe
+from luthier.rows import MICROBATCH_TOKENS, encoder_of, preparing_rows
 from luthier.sampling.generate import SamplingSpec, room, stream
 from luthier.sampling.generate import generate as generate_tokens
 
