@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from luthier.contracts.errors import RecipeError, raise_all
 from luthier.recipe.check import checked
+from luthier.recipe.resolve import names
 
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
@@ -27,10 +28,17 @@ Bool = Annotated[bool, Strict()]
 Share = Annotated[float, Strict(), Field(ge=0, le=1)]
 Beta = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+OptimizerName = Annotated[Name, AfterValidator(lambda name: _of_room("optimizers", name))]
 _AMOUNT = r"^ *[0-9]*[1-9][0-9]*([.][0-9]+)? *([kKmMgGtT][iI]?)?[bB]? *$"
 Amount = Annotated[str, Field(pattern=_AMOUNT, examples=["24GB"])]  # of memory
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+def _of_room(room: str, name: str) -> str:
+    if name not in names(room):
+        raise ValueError(f"one of: {', '.join(names(room))}")
+    return name
 
 
 class Section(BaseModel):
@@ -231,7 +239,7 @@ class TrainSection(Section):
         "Memory of the averages; (0.9, 0.95) for long runs with large batches. Lion's default: (0.9, 0.99).",
     )
     max_grad_norm: Float = _field(1.0, "Gradients beyond this global norm are scaled down; 0 turns it off.", ge=0)
-    optimizer: Name = _field(
+    optimizer: OptimizerName = _field(
         "adamw", "Rule of the update; adamw_8bit keeps a quarter of AdamW's state, adafactor next to none, lion half."
     )
     optimizer_in_backward: Bool = _field(
