@@ -99,7 +99,7 @@ def told(events: list[Any]) -> tuple[list[tuple[float, float]], list[float], lis
 
 def same(one: list[Any], two: list[Any]) -> None:
     assert len(one) == len(two)
-    assert torch.tensor(one).double().numpy() == pytest.approx(torch.tensor(two).double().numpy(), rel=2e-6)
+    assert torch.tensor(one).double().numpy() == pytest.approx(torch.tensor(two).double().numpy(), rel=1e-6)
 
 
 OPTIONS: dict[str, Any] = {"steps": 3, "microbatch_tokens": None, "learning_rate": 1e-3, "save_every": 1, "every": 2}
