@@ -10,13 +10,13 @@ from typing import Any
 
 WHY = {
     "weights": "of the base, as stored",
-    "adapter": "float32, beside the frozen base",
+    "adapter": "what trains beside the frozen base",
     "optimizer": "averages, from the first step on",
     "gradients": "float32, of what trains",
     "activations": "kept for the backward",
     "in flight": "gradients through one layer",
     "logits": "hidden rows and a tile or chunk, never N x V",
-    "casts": "bf16 copies of trained weights",
+    "casts": "copies of trained weights in the dtype that computes",
     "workspace": "a matrix dequantised or widened",
     "evaluation": "forward of held-out rows",
 }

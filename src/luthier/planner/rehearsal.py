@@ -5,7 +5,7 @@ each would be a second copy of their code. Here their own code runs, on twins of
 dispatch mode that makes each operation's outputs and computes nothing: shapes come from torch's meta device, and memory
 is asked for and never written, so that no page of it exists and every number is zero. Vectors, operations on whole
 numbers and views do run: losses, places and masks are what they would be. Every storage is counted from its making to
-its end, as bench/allocated.py does.
+its end, as bench/allocated.py does, which also runs in a rival's environment and so shares no line with this one.
 
     layer = F(3 layers) - F(2)     rest = F(2) - layer     in flight = B - F         F, B the largest of each pass
 
