@@ -61,7 +61,10 @@ def plan_of(
     config = config_of(config_words(recipe) if words is None else words)
     shape = read_shape(blank_model(config, objective.reads))
     trained = twin.trained_by(method, config, objective.reads, course.loads[-1])
-    stored = stored_of(recipe, config_words(recipe) if words is None else words)
+    said = config_words(recipe) if words is None else words
+    stored = stored_of(recipe, said)
+    if said.get("dtype", said.get("torch_dtype")) == "bfloat16" and not recipe.model.add_tokens:
+        stored = replace(stored, tables=2)
     if trained.base_trained and stored.name != "none":
         raise RecipeError(
             "this method trains the base's own weights, which a quantised base does not have",

@@ -29,16 +29,21 @@ RUNS = [
 ]  # fmt: skip
 
 
+def saved_by_whole_and_broken(place: Path, **options: Any) -> dict[str, Any]:
+    """An unbroken run and one that goes on after its third step end in the same bits; what the optimizer saved."""
+    rig.run_through(place / "whole", **options)
+    for event in train(rig.build(place / "broken", **options)):
+        if event.event == "step" and event.step == 3:
+            break
+    rig.run_through(place / "broken", resume="auto", **options)
+    assert rig.final_digests(place / "broken", 4) == rig.final_digests(place / "whole", 4)
+    return dict(load(place / "whole" / "checkpoint-4").optimizer)
+
+
 @pytest.mark.parametrize(("name", "in_backward"), RUNS)
 def test_a_broken_run_goes_on_to_the_bit(tmp_path: Path, name: str, in_backward: bool) -> None:
     options = {**OPTIONS, "optimizer": name, "in_backward": in_backward, "learning_rate": RATES.get(name, 1e-2)}
-    rig.run_through(tmp_path / "whole", **options)
-    for event in train(rig.build(tmp_path / "broken", **options)):
-        if event.event == "step" and event.step == 3:
-            break
-    rig.run_through(tmp_path / "broken", resume="auto", **options)
-    assert rig.final_digests(tmp_path / "broken", 4) == rig.final_digests(tmp_path / "whole", 4)
-    saved = load(tmp_path / "whole" / "checkpoint-4").optimizer
+    saved = saved_by_whole_and_broken(tmp_path, **options)
     assert any(t.dtype == torch.uint8 for t in saved.values()) == name.endswith("8bit")
     assert all(t.dtype == torch.float32 for key, t in saved.items() if key.endswith(("absmax", "step")))
 
@@ -46,13 +51,7 @@ def test_a_broken_run_goes_on_to_the_bit(tmp_path: Path, name: str, in_backward:
 def test_galore_in_eight_bits_goes_on_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rig.METHODS, "galore", GaLore(rank=64, update_proj_gap=2))
     options = {**OPTIONS, "optimizer": "adamw_8bit", "method": "galore"}
-    rig.run_through(tmp_path / "whole", **options)
-    for event in train(rig.build(tmp_path / "broken", **options)):
-        if event.event == "step" and event.step == 3:
-            break
-    rig.run_through(tmp_path / "broken", resume="auto", **options)
-    assert rig.final_digests(tmp_path / "broken", 4) == rig.final_digests(tmp_path / "whole", 4)
-    saved = load(tmp_path / "whole" / "checkpoint-4").optimizer
+    saved = saved_by_whole_and_broken(tmp_path, **options)
     coded = {key for key, t in saved.items() if t.dtype == torch.uint8}
     assert coded
     assert all(f"{key.partition('::')[0]}::right" in saved or f"{key.partition('::')[0]}::left" in saved

@@ -35,6 +35,7 @@ class Stored:
     dense: int = 4  # bytes of a number that no format packs
     bits: int = 4  # of gptq and awq
     group: int = 128  # weights that share a scale there; -1: those of a row
+    tables: int = 4  # bytes of a number of embedding and head under packed linears, where the files hold them narrower
 
     def linears(self, elements: int, rows: int) -> int:
         """Bytes of all linears together."""

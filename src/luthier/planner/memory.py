@@ -152,7 +152,10 @@ def base_bytes(shape: ModelShape, trained: Trained, setting: Setting) -> int:
     if trained.base_trained:
         frozen = shape.parameters - trained.base_trained
         return trained.base_trained * setting.trained + frozen * setting.stored.dense
-    return setting.stored.linears(shape.linears, shape.linear_rows) + shape.rest * setting.stored.dense
+    stored, form = setting.stored, shape.form
+    tables = form.vocabulary * form.width * (1 if form.tied or setting.head == "scores" else 2)
+    narrower = max(0, stored.dense - stored.tables) if stored.name != "none" else 0  # models/weights/narrow.py
+    return stored.linears(shape.linears, shape.linear_rows) + shape.rest * stored.dense - tables * narrower
 
 
 def _kept_only(always: dict[str, int]) -> dict[str, int]:
